@@ -1,0 +1,106 @@
+// The only pybind11 file: raw addresses in, nothing allocated, the GIL released while kernels run.
+// Shapes, dtypes and devices were checked in gradclust_fast/ops before a call gets here.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <array>
+#include <cstdlib>
+#include <cstring>
+#include <stdexcept>
+#include <string>
+
+#include "grad_sqnorm.h"
+
+namespace py = pybind11;
+using namespace gradclust;
+
+namespace {
+
+enum class Isa { baseline, avx2, avx512 };
+
+Isa detect_isa() {
+  Isa best = Isa::baseline;
+#if defined(GRADCLUST_HAVE_AVX2)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    best = Isa::avx2;
+  if (best == Isa::avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq"))
+    best = Isa::avx512;
+#endif
+  const char* forced = std::getenv("GRADCLUST_CPU_ISA");  // may only lower what the processor has
+  if (forced && *forced) {
+    Isa wanted = !strcmp(forced, "baseline") ? Isa::baseline : !strcmp(forced, "avx2") ? Isa::avx2 : Isa::avx512;
+    if (wanted == Isa::avx512 && strcmp(forced, "avx512"))
+      throw std::runtime_error(std::string("GRADCLUST_CPU_ISA must be baseline, avx2 or avx512, got ") + forced);
+    if (wanted > best)
+      throw std::runtime_error(std::string("GRADCLUST_CPU_ISA=") + forced + ": this processor does not have it");
+    best = wanted;
+  }
+  return best;
+}
+
+Isa isa() {
+  static const Isa chosen = detect_isa();
+  return chosen;
+}
+
+const char* isa_name() {
+  static const char* const names[] = {"baseline", "avx2", "avx512"};
+  return names[int(isa())];
+}
+
+#if defined(GRADCLUST_HAVE_AVX2)
+#define PICK(launcher) \
+  (isa() == Isa::avx512 ? &avx512::launcher : isa() == Isa::avx2 ? &avx2::launcher : &baseline::launcher)
+#else
+#define PICK(launcher) (&baseline::launcher)
+#endif
+
+template <typename T = void> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
+
+// (act, grad, dtype, B, T, I, O, act_stride_b, act_stride_t, grad_stride_b, grad_stride_t, bias)
+using LinearTuple = std::array<int64_t, 12>;
+
+LinearFactors linear(const LinearTuple& t) {
+  return {pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8], t[9],
+          t[10], t[11] != 0};
+}
+
+[[maybe_unused]] void raise_if(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA kernel failed: ") + error);
+}
+
+using nogil = py::call_guard<py::gil_scoped_release>;
+
+void bind_linear(py::module_& m) {
+  m.def("grad_sqnorm_cpu", [](const LinearTuple& f, uintptr_t out, int threads) {
+    PICK(grad_sqnorm_cpu)(linear(f), pointer(out), threads);
+  }, nogil());
+#if defined(GRADCLUST_HAVE_CUDA)
+  m.def("grad_sqnorm_cuda", [](const LinearTuple& f, uintptr_t out, uintptr_t stream) {
+    raise_if(grad_sqnorm_cuda(linear(f), pointer(out), pointer(stream)));
+  }, nogil());
+#endif
+}
+
+}  // namespace
+
+PYBIND11_MODULE(_C, m) {
+  m.doc() = "gradclust_fast native kernels (torch-free)";
+  m.attr("isa") = isa_name();
+  m.attr("compiler") = GRADCLUST_COMPILER;
+#if defined(_OPENMP)
+  m.attr("openmp") = true;
+#else
+  m.attr("openmp") = false;
+#endif
+#if defined(GRADCLUST_HAVE_CUDA)
+  m.attr("cuda") = true;
+#else
+  m.attr("cuda") = false;
+#endif
+  m.attr("cuda_reason") = GRADCLUST_CUDA_REASON;
+  m.attr("cuda_archs") = GRADCLUST_CUDA_ARCHS;
+  bind_linear(m);
+}

@@ -1,0 +1,72 @@
+// ‖G_b‖² on CUDA devices, T = 1.
+//
+// v1  One warp per example reads both rows with 16-byte loads, several in flight, and multiplies the two sums:
+//     memory-bound, each byte read once. Not measured yet.
+#include "common.cuh"
+#include "grad_sqnorm.h"
+
+namespace gradclust {
+namespace {
+
+constexpr int WARPS = 8;  // per block
+
+template <typename in_t>
+__device__ acc_t<in_t> row_sqnorm(const in_t* __restrict__ row, int64_t n, int lane, bool aligned) {
+  using acc = acc_t<in_t>;
+  constexpr int WIDTH = 16 / sizeof(in_t);
+  acc sum = 0;
+  int64_t done = 0;
+  if (aligned) {  // 16-byte loads need 16-byte rows
+    const uint4* wide = reinterpret_cast<const uint4*>(row);
+    int64_t count = n / WIDTH;
+#pragma unroll 4
+    for (int64_t i = lane; i < count; i += 32) {
+      uint4 bits = __ldg(wide + i);
+      const in_t* x = reinterpret_cast<const in_t*>(&bits);
+#pragma unroll
+      for (int j = 0; j < WIDTH; ++j) sum += load(x[j]) * load(x[j]);
+    }
+    done = count * WIDTH;
+  }
+  for (int64_t i = done + lane; i < n; i += 32) sum += load(row[i]) * load(row[i]);
+#pragma unroll
+  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
+  return sum;
+}
+
+template <typename in_t>
+__global__ void __launch_bounds__(32 * WARPS)
+    grad_sqnorm_rank1_kernel(LinearFactors f, acc_t<in_t>* __restrict__ out, bool act_aligned, bool grad_aligned) {
+  int lane = threadIdx.x % 32;
+  int64_t stride = int64_t(gridDim.x) * WARPS;
+  for (int64_t b = int64_t(blockIdx.x) * WARPS + threadIdx.x / 32; b < f.B; b += stride) {
+    const in_t* act = static_cast<const in_t*>(f.act) + b * f.act_stride_b;
+    const in_t* grad = static_cast<const in_t*>(f.grad) + b * f.grad_stride_b;
+    acc_t<in_t> a = row_sqnorm(act, f.I, lane, act_aligned) + (f.bias ? 1 : 0);
+    acc_t<in_t> d = row_sqnorm(grad, f.O, lane, grad_aligned);
+    if (lane == 0) out[b] = a * d;
+  }
+}
+
+bool rows_are_16_byte_aligned(const void* base, int64_t stride, size_t size) {
+  return reinterpret_cast<uintptr_t>(base) % 16 == 0 && stride * int64_t(size) % 16 == 0;
+}
+
+}  // namespace
+
+const char* grad_sqnorm_cuda(const LinearFactors& f, void* out, void* stream) {
+  if (f.B == 0) return nullptr;
+  int64_t blocks = (f.B + WARPS - 1) / WARPS;
+  if (blocks > 65535) blocks = 65535;
+  dispatch(f.dtype, [&](auto zero) {
+    using in_t = decltype(zero);
+    grad_sqnorm_rank1_kernel<in_t><<<unsigned(blocks), 32 * WARPS, 0, static_cast<cudaStream_t>(stream)>>>(
+        f, static_cast<acc_t<in_t>*>(out), rows_are_16_byte_aligned(f.act, f.act_stride_b, sizeof(in_t)),
+        rows_are_16_byte_aligned(f.grad, f.grad_stride_b, sizeof(in_t)));
+  });
+  char shapes[96];
+  snprintf(shapes, sizeof shapes, "B=%lld, I=%lld, O=%lld", (long long)f.B, (long long)f.I, (long long)f.O);
+  return launch_error("grad_sqnorm_rank1_kernel", shapes);
+}
+
+}  // namespace gradclust

@@ -1,0 +1,9 @@
+"""Per-example gradients, gradient variance and stratified mini-batches for PyTorch."""
+
+__version__ = "0.1.0"
+
+from . import ops
+from ._dispatch import backend, explain
+from ._native import build_info
+
+__all__ = ["__version__", "backend", "build_info", "explain", "ops"]

@@ -1,0 +1,95 @@
+"""Loads the native module once, and keeps the reason when it cannot be loaded.
+
+Only ``ops/`` calls the module; everything that crosses the boundary is an address, an extent or a stride.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import platform
+from typing import Any
+
+import torch  # before _C, so that both share one OpenMP thread pool
+
+DTYPES = {torch.float32: 0, torch.float64: 1, torch.bfloat16: 2, torch.float16: 3}  # csrc/types.h: DType
+
+_NOT_BUILT = (
+    "the native kernels were not built (GRADCLUST_NATIVE=0, or an install without a compiler); "
+    "install a C++17 compiler and run `pip install --force-reinstall --no-deps gradclust_fast`"
+)
+
+
+def _load() -> tuple[Any, str | None]:
+    name = f"{__package__}._C"
+    if importlib.util.find_spec(name) is None:
+        return None, _NOT_BUILT
+    try:
+        return importlib.import_module(name), None
+    except ImportError as error:
+        return None, f"the native module was found but cannot be loaded: {error}"
+
+
+_C: Any
+_C, unavailable = _load()
+"""The module and ``None``, or ``None`` and the reason."""
+
+
+def cpu_unavailable() -> str | None:
+    return unavailable
+
+
+def cuda_unavailable() -> str | None:
+    """Why CUDA kernels cannot run here, or None."""
+    if _C is None:
+        return unavailable
+    if not _C.cuda:
+        return f"the CUDA kernels were not built: {_C.cuda_reason}; put nvcc on PATH and reinstall"
+    if not torch.cuda.is_available():
+        return "torch sees no CUDA device"
+    return None
+
+
+class BuildInfo(dict):
+    """What was built and what was not, and why. Prints as a short table."""
+
+    def __str__(self) -> str:
+        width = max(map(len, self))
+        return "\n".join(f"{key:<{width}}  {value}" for key, value in self.items())
+
+
+def build_info() -> BuildInfo:
+    """What this installation of gradclust_fast can run: native module, instruction set, CUDA, Triton.
+
+    Returns:
+        A dict that prints as a table. Each ``... unavailable`` entry is ``None`` or the reason as a sentence.
+
+    Example:
+        >>> import gradclust_fast as gf
+        >>> info = gf.build_info()
+        >>> sorted(info)[:2]
+        ['C++ kernels', 'CUDA kernels']
+    """
+    from . import __version__
+
+    info = BuildInfo({"gradclust_fast": __version__, "torch": torch.__version__, "Python": platform.python_version()})
+    if _C is None:
+        info["C++ kernels"] = f"unavailable: {unavailable}"
+    else:
+        info["C++ kernels"] = f"{_C.isa}, {_C.compiler}, OpenMP {'on' if _C.openmp else 'off'}"
+    reason = cuda_unavailable()
+    if _C is not None and _C.cuda:
+        built = f"built for {_C.cuda_archs} ({_C.cuda_reason})"
+        info["CUDA kernels"] = built if reason is None else f"{built}; cannot run: {reason}"
+    else:
+        info["CUDA kernels"] = f"unavailable: {reason}"
+    return info
+
+
+def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]:
+    """csrc/bindings.cpp:LinearTuple of act [B, T, I] and grad [B, T, O], both with feature stride 1."""
+    B, T, I = act.shape
+    return (
+        act.data_ptr(), grad.data_ptr(), DTYPES[act.dtype], B, T, I, grad.shape[2],
+        act.stride(0), act.stride(1), grad.stride(0), grad.stride(1), int(bias),
+    )  # fmt: skip

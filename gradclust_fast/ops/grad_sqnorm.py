@@ -1,0 +1,85 @@
+"""``grad_sqnorm``: squared norm of every example's gradient of a linear layer."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import _native, reference
+from .._dispatch import Op
+from ._checks import accumulator, as_rows, check_factors
+
+
+def grad_sqnorm(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
+    """Squared norm ‖G_b‖² of every example's weight gradient ``G_b = grad[b]ᵀ act[b]``, never storing ``G_b``.
+
+    Args:
+        act: layer inputs [B, *, I]; ``*`` is any number of position dimensions, summed over within an example.
+        grad: gradients of the loss with respect to the layer's outputs [B, *, O], same dtype and device.
+        bias: add the bias gradient's squared norm ‖Σ_t grad[b, t]‖².
+
+    Returns:
+        [B], float64 for float64 inputs, else float32, in the units of gradient squared. A NaN stays in its own row.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source:
+        Goodfellow 2015, arXiv:1510.01799, for one position; the centred Gram sum of the guide's "mathematics" page
+        for sequences.
+
+    Example:
+        >>> act, grad = torch.randn(8, 5, 16), torch.randn(8, 5, 4)
+        >>> gf.ops.grad_sqnorm(act, grad).shape
+        torch.Size([8])
+    """
+    return _op.call(act, grad, bias)
+
+
+def _check(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> None:
+    check_factors(act, grad)
+
+
+def _fake(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    return act.new_empty(act.shape[0], dtype=accumulator(act.dtype))  # [B]
+
+
+_op = Op(
+    "grad_sqnorm(Tensor act, Tensor grad, bool bias) -> Tensor",
+    check=_check,
+    fake=_fake,
+    reference=reference.grad_sqnorm.grad_sqnorm,
+)
+
+
+def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    if act.device.type != "cpu":
+        return f"the C++ kernel needs CPU tensors, got {act.device}"
+    if act.shape[1:-1].numel() != 1:
+        return "the C++ kernel handles one position (T = 1)"
+    return _native.cpu_unavailable()
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "rank 1: ‖act‖²‖grad‖², one read of each")
+def grad_sqnorm_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    out = _fake(act, grad, bias)
+    act, grad = as_rows(act), as_rows(grad)
+    _native._C.grad_sqnorm_cpu(_native.linear(act, grad, bias), out.data_ptr(), torch.get_num_threads())
+    return out
+
+
+def _cuda_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    if act.device.type != "cuda":
+        return f"the CUDA kernel needs CUDA tensors, got {act.device}"
+    if act.shape[1:-1].numel() != 1:
+        return "the CUDA kernel handles one position (T = 1)"
+    return _native.cuda_unavailable()
+
+
+@_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: "rank 1: ‖act‖²‖grad‖², one read of each")
+def grad_sqnorm_cuda(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    out = _fake(act, grad, bias)
+    act, grad = as_rows(act), as_rows(grad)
+    with torch.cuda.device(act.device):
+        stream = torch.cuda.current_stream().cuda_stream
+        _native._C.grad_sqnorm_cuda(_native.linear(act, grad, bias), out.data_ptr(), stream)
+    return out
