@@ -98,7 +98,7 @@ def batches(
     num_workers: int = 0,
     collate_fn: Callable[[list], Any] | None = None,
     device: torch.device | str | None = None,
-    groups: Sequence[Sequence[int]] | None = None,
+    groups: Sequence[list[int]] | None = None,
 ) -> Iterator[tuple[Tensor, Any]]:
     """Yields ``(index [b], batch on device)``; every example exactly once, or an error at the end of the pass.
 
