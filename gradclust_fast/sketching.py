@@ -1,0 +1,181 @@
+"""Random sketches of per-example gradients: the same bits on every device, backend, batch split and process."""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from dataclasses import dataclass, field
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123's constants of Philox4x32
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+class Factors(Protocol):
+    """What a sketch needs from one parameter's per-example gradients (one matrix per example)."""
+
+    @property
+    def matrix_shape(self) -> tuple[int, int]: ...
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    @property
+    def device(self) -> torch.device: ...
+
+    def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
+        """leftᵀ G_b right [B, P, Q]; None stands for the identity."""
+        ...
+
+
+def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
+    """Philox4x32-10 (Salmon et al. 2011) of counters [4, *] in int64 tensors that hold 32-bit words.
+
+    int64 is the widest integer every device has, so the 64-bit products are put together from 16-bit halves.
+    """
+    even, odd = counter[0::2], counter[1::2]  # [2, *]: words 0 and 2, words 1 and 3
+    words = [_MULTIPLIERS, *([(word + turn * step) & _WORD for word, step in zip(key, _WEYL)] for turn in range(10))]
+    factor, *round_keys = torch.tensor(words, device=counter.device).view(11, 2, *[1] * (counter.dim() - 1))
+    for round_key in round_keys:
+        low = (even & 0xFFFF) * factor  # < 2^48
+        high = (even >> 16) * factor + (low >> 16)  # < 2^49
+        even, odd = (
+            (high >> 16).flip(0) ^ odd ^ round_key,
+            (((high & 0xFFFF) << 16) | (low & 0xFFFF)).flip(0),
+        )
+    return torch.stack([even, odd], 1).flatten(0, 1)
+
+
+def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """[rows, cols] of ±1: entry (r, c) is bit c % 32 of word c % 128 // 32 of Philox at counter (c // 128, r, 0, 0)."""
+    blocks = -(-cols // 128)
+    block = torch.arange(blocks, device=device)
+    counter = torch.zeros(4, rows, blocks, dtype=torch.int64, device=device)
+    counter[0], counter[1] = block, torch.arange(rows, device=device).unsqueeze(1)
+    words = philox4x32(counter, key).permute(1, 2, 0).flatten(1)[:, : -(-cols // 32)]  # [rows, ⌈cols/32⌉]
+    bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1  # [rows, ⌈cols/32⌉, 32]
+    return (1 - 2 * bits.flatten(1)[:, :cols]).to(dtype)
+
+
+def canonical_name(name: str) -> str:
+    """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
+    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    while len(parts) > 1 and parts[0] == "module":
+        parts.pop(0)
+    return ".".join(parts)
+
+
+@dataclass(frozen=True)
+class Sketch:
+    """A random linear map from a model's per-example gradient to ``dim`` numbers that keeps inner products.
+
+    ``sketch_b = Σ_l S_l · vec(L_lᵀ G_b^l M_l)`` over parameters ``l``, where ``G_b^l`` [rows, cols] is example b's
+    gradient of the parameter as a matrix: first two thin matrices, then a dense map to ``dim``. All entries are
+    ±1/√size from a counter-based generator keyed by the seed and the parameter's name, so a sketch taken on another
+    device, in another process or with another batch size has the same matrices, and
+    ``E⟨sketch_i, sketch_j⟩ = ⟨g_i, g_j⟩`` over seeds.
+
+    Args:
+        dim: R, length of a sketch; the relative error of a squared distance is about √(2/R). Used by ``reduce=True``.
+        seed: any integer; another seed gives independent matrices.
+        sides: (P, Q), how many columns the thin matrices keep. A side of the gradient that is no longer stays as it is
+            (identity), and the room it leaves goes to the other side: a bias keeps up to P·Q entries.
+        reduce: with False the second stage is left out: ``apply`` returns [B, P_l·Q_l], and the parameters' vectors
+            must be concatenated in the order of the model's parameters, never added. With True they are added.
+
+    Raises:
+        ValueError, TypeError: sizes that are not positive integers.
+
+    Source:
+        The guide's "sketching" page; generator: Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3".
+
+    Example:
+        >>> sketch = gf.Sketch(dim=256, seed=0)
+        >>> sketch.stages((10, 1024))
+        (10, 102)
+    """
+
+    dim: int = 256
+    seed: int = 0
+    sides: tuple[int, int] = (32, 32)
+    reduce: bool = True
+    _cache: dict = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.sides, (tuple, list)):
+            raise TypeError(f"sides must be two integers (P, Q), got {self.sides!r}")
+        object.__setattr__(self, "sides", tuple(self.sides))
+        for name, value in (("dim", self.dim), ("seed", self.seed), *(("sides", side) for side in self.sides)):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if name != "seed" and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if len(self.sides) != 2:
+            raise ValueError(f"sides must be two integers (P, Q), got {self.sides!r}")
+
+    def __getstate__(self) -> dict:
+        return {**self.__dict__, "_cache": {}}  # the matrices follow from the other fields; don't ship them
+
+    def stages(self, matrix_shape: tuple[int, int]) -> tuple[int, int]:
+        """Sides (P_l, Q_l) after the first stage for a gradient matrix [rows, cols]."""
+        rows, cols = matrix_shape
+        P, Q = self.sides
+        if rows <= P:
+            return rows, min(cols, P * Q // max(rows, 1))
+        if cols <= Q:
+            return min(rows, P * Q // max(cols, 1)), cols
+        return P, Q
+
+    def width(self, matrix_shape: tuple[int, int]) -> int:
+        """Length of what ``apply`` returns for a gradient matrix [rows, cols]."""
+        return self.dim if self.reduce else math.prod(self.stages(matrix_shape))
+
+    def apply(self, name: str, factors: Factors) -> Tensor:
+        """One parameter's part of every example's sketch, from its factors; its gradients are never stored.
+
+        Args:
+            name: the parameter's name; wrapper prefixes make no difference.
+            factors: its per-example gradients in factored form.
+
+        Returns:
+            [B, dim], to be added over parameters; with ``reduce=False`` [B, P_l·Q_l], to be concatenated.
+        """
+        left, right, second = self.matrices(name, factors.matrix_shape, factors.dtype, factors.device)
+        first = factors.sketch(left, right).flatten(1)  # [B, P_l·Q_l]
+        return first if second is None else first @ second
+
+    def matrices(
+        self, name: str, matrix_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        """(L [rows, P_l], M [cols, Q_l], S [P_l·Q_l, dim]) of one parameter; None is the identity.
+
+        float64 gradients get float64 matrices, all others float32. The matrices are kept for the next call.
+        """
+        name = canonical_name(name)
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        key = (name, tuple(matrix_shape), dtype, device)
+        if key not in self._cache:
+            (rows, cols), (P, Q) = matrix_shape, self.stages(matrix_shape)
+            # Normal tensors even when first needed under inference_mode: later calls may run outside of it.
+            with torch.inference_mode(False), torch.no_grad():
+                left = self._matrix(name, "left", rows, P, dtype, device) if rows > P else None
+                right = self._matrix(name, "right", cols, Q, dtype, device) if cols > Q else None
+                second = None
+                if self.reduce:  # rows of the generator are the outputs, so a longer sketch begins with a shorter one
+                    signs = sign_matrix(self.dim, P * Q, self._key(name, "second"), dtype, device)
+                    second = (signs * (1 / math.sqrt(self.dim))).T.contiguous()
+            self._cache[key] = left, right, second
+        return self._cache[key]
+
+    def _matrix(self, name: str, which: str, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        # A product, not a quotient: devices divide by a scalar in different ways.
+        return sign_matrix(rows, cols, self._key(name, which), dtype, device) * (1 / math.sqrt(cols))
+
+    def _key(self, name: str, which: str) -> tuple[int, int]:
+        digest = hashlib.blake2b(f"{self.seed}/{which}/{name}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest[:4], "little"), int.from_bytes(digest[4:], "little")
