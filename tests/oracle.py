@@ -17,3 +17,16 @@ def linear_grads(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> t
     if not rows:
         return torch.zeros(0, grad.shape[-1], act.shape[-1] + bias, dtype=torch.float64)
     return torch.stack(rows)
+
+
+def conv_grads(act: torch.Tensor, grad: torch.Tensor, bias: bool = False, dtype=torch.float64, **geometry):
+    """G_b of a convolution by autograd on one example at a time: [B, O, I (+ 1)], the weight's shape flattened."""
+    act, grad = act.to("cpu", dtype), grad.to("cpu", dtype)
+    conv = [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d][act.dim() - 3]
+    layer = conv(act.shape[1], grad.shape[1], bias=bias, dtype=dtype, **geometry)
+    G = torch.zeros(act.shape[0], grad.shape[1], layer.weight[0].numel() + bias, dtype=dtype)
+    for b in range(act.shape[0]):
+        if grad[b].numel():  # torch refuses a kernel that does not fit, where G_b = 0
+            weight, *rest = torch.autograd.grad(layer(act[b : b + 1]), list(layer.parameters()), grad[b : b + 1])
+            G[b] = torch.cat([weight.flatten(1), *(r.unsqueeze(1) for r in rest)], 1)
+    return G

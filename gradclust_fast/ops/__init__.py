@@ -1,5 +1,10 @@
 """Tensors in, fresh tensors out: per-example gradient quantities from a layer's inputs and output gradients."""
 
+from .conv_dot import conv_dot
+from .conv_gram import conv_gram
+from .conv_moments import conv_moments
+from .conv_sketch import conv_sketch
+from .conv_sqnorm import conv_sqnorm
 from .grad_sqnorm import grad_sqnorm
 
-__all__ = ["grad_sqnorm"]
+__all__ = ["conv_dot", "conv_gram", "conv_moments", "conv_sketch", "conv_sqnorm", "grad_sqnorm"]

@@ -1,0 +1,208 @@
+"""What the conv ops share: the layer's geometry as lists of integers, and its checks.
+
+An op takes ``kernel_size``, ``stride`` and ``dilation`` with one entry a spatial dimension, and ``padding`` with two
+(before, after): ``padding="same"`` with an even kernel pads unevenly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from ._checks import FLOATS, accumulator, check_like, shape
+
+GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool bias"
+"""The part of a conv op's schema that follows its tensors."""
+
+PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
+
+Ints = int | Sequence[int]
+
+
+def prepare(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    *tensors: torch.Tensor | None,
+    kernel_size: Ints,
+    stride: Ints = 1,
+    padding: Ints | str = 0,
+    dilation: Ints = 1,
+    groups: int = 1,
+    bias: bool = False,
+    padding_mode: str = "zeros",
+) -> tuple:
+    """The public functions' arguments → the ops': lists of integers; a padding mode other than zeros is applied."""
+    if not 3 <= act.dim() <= 5:
+        raise ValueError(
+            f"act must be [B, C_in, *spatial] with 1 to 3 spatial dimensions, got {shape(act)}; "
+            f"add the batch dimension with unsqueeze(0)"
+        )
+    spatial = act.dim() - 2
+    kernel_size, stride, dilation = (
+        _ints(name, value, spatial, 1)
+        for name, value in (("kernel_size", kernel_size), ("stride", stride), ("dilation", dilation))
+    )
+    pads = _pads(padding, kernel_size, stride, dilation)
+    if padding_mode not in PADDING_MODES:
+        raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
+    if padding_mode != "zeros" and any(pads):
+        act = F.pad(act, reversed_pairs(pads), mode=padding_mode)
+        pads = [0] * len(pads)
+    return act, grad, *tensors, kernel_size, stride, pads, dilation, groups, bias
+
+
+def reversed_pairs(pads: Sequence[int]) -> list[int]:
+    """[before, after] from the first spatial dimension on → torch.nn.functional.pad's order, from the last on."""
+    return [pad for i in range(len(pads) - 2, -1, -2) for pad in pads[i : i + 2]]
+
+
+def _ints(name: str, value: Ints, spatial: int, least: int) -> list[int]:
+    values = [value] * spatial if isinstance(value, int) else [int(v) for v in value]
+    if len(values) == 1:
+        values *= spatial
+    if len(values) != spatial or min(values) < least:
+        raise ValueError(
+            f"{name} must be an integer ≥ {least}, or {spatial} of them (one a spatial dimension of act), got {value!r}"
+        )
+    return values
+
+
+def _pads(padding: Ints | str, kernel_size: list[int], stride: list[int], dilation: list[int]) -> list[int]:
+    if padding == "valid":
+        return [0] * (2 * len(kernel_size))
+    if padding == "same":
+        if any(s != 1 for s in stride):
+            raise ValueError(f"padding='same' needs stride 1, got stride {stride}; give the padding as integers")
+        totals = [d * (k - 1) for d, k in zip(dilation, kernel_size)]
+        return [pad for total in totals for pad in (total // 2, total - total // 2)]
+    if isinstance(padding, str):
+        raise ValueError(f"padding must be integers, 'same' or 'valid', got {padding!r}")
+    return [pad for p in _ints("padding", padding, len(kernel_size), 0) for pad in (p, p)]
+
+
+def check_conv(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> None:
+    """act [B, C_in, *spatial] and grad [B, C_out, *out_spatial] fit each other and the geometry."""
+    for name, tensor in (("act", act), ("grad", grad)):
+        if tensor.dtype not in FLOATS:
+            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
+    spatial = len(kernel_size)
+    if len(stride) != spatial or len(dilation) != spatial or len(padding) != 2 * spatial:
+        raise ValueError(
+            f"stride and dilation must have {spatial} entries like kernel_size and padding twice as many, "
+            f"got {list(stride)}, {list(dilation)}, {list(padding)}; call the function of gf.ops, which expands them"
+        )
+    if act.dim() != spatial + 2 or grad.dim() != spatial + 2:
+        raise ValueError(
+            f"act and grad must be [B, channels, *spatial] with {spatial} spatial dimensions (from kernel_size), "
+            f"got {shape(act)} and {shape(grad)}"
+        )
+    if act.shape[0] != grad.shape[0]:
+        raise ValueError(
+            f"act must be [B, C_in, *spatial] with B={grad.shape[0]} (from grad), got {shape(act)}; "
+            f"pass the same batch to both"
+        )
+    if groups < 1:
+        raise ValueError(f"groups must be at least 1, got {groups}")
+    for name, tensor in (("act", act), ("grad", grad)):
+        if tensor.shape[1] % groups:
+            raise ValueError(
+                f"{name} must have a number of channels divisible by groups={groups}, got {tensor.shape[1]}; "
+                f"pass the layer's own groups"
+            )
+    expected = out_size(act.shape[2:], kernel_size, stride, padding, dilation)
+    if list(grad.shape[2:]) != expected:
+        raise ValueError(
+            f"grad must have spatial size {expected} (from act {shape(act)}, kernel_size={list(kernel_size)}, "
+            f"stride={list(stride)}, padding={list(padding)} before and after, dilation={list(dilation)}), "
+            f"got {shape(grad)}; pass the layer's own geometry"
+        )
+    check_like("grad", grad, act)
+
+
+def out_size(
+    size: Sequence[int],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+) -> list[int]:
+    """Positions of the layer's output along each spatial dimension; 0 where the kernel does not fit."""
+    return [
+        max(0, (n + lo + hi - d * (k - 1) - 1) // s + 1)
+        for n, k, s, lo, hi, d in zip(size, kernel_size, stride, padding[::2], padding[1::2], dilation)
+    ]
+
+
+def features(act: torch.Tensor, kernel_size: Sequence[int], groups: int, bias: bool) -> int:
+    """Columns of G_b: I = C_in/groups · prod(kernel_size), and one more with bias."""
+    I = act.shape[1] // groups
+    for k in kernel_size:
+        I *= k
+    return I + bool(bias)
+
+
+def check_auxiliary(name: str, tensor: torch.Tensor, act: torch.Tensor) -> None:
+    """A matrix that every example meets (a projection, a centre): act's dtype or the accumulator's, act's device."""
+    if tensor.dtype not in (act.dtype, accumulator(act.dtype)):
+        raise TypeError(f"{name} must be {act.dtype} like act or {accumulator(act.dtype)}, got {tensor.dtype}; cast it")
+    if tensor.device != act.device:
+        raise ValueError(f"{name} must be on {act.device} like act, got {tensor.device}; move one of them")
+
+
+def check_conv_sides(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    kernel_size: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> None:
+    """left [O, P] and right [I (+ 1), Q]; None is the identity."""
+    I = features(act, kernel_size, groups, bias)
+    for name, side, size, what in (
+        ("left", left, grad.shape[1], "grad's channels"),
+        ("right", right, I, f"C_in/groups · prod(kernel_size){' + 1 for the bias' if bias else ''}"),
+    ):
+        if side is None:
+            continue
+        if side.dim() != 2 or side.shape[0] != size:
+            raise ValueError(
+                f"{name} must be [{size}, {'P' if name == 'left' else 'Q'}] ({what}), got {shape(side)}; "
+                f"one column per sketch dimension, or None for the identity"
+            )
+        check_auxiliary(name, side, act)
+
+
+def check_conv_centers(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    center_grad: torch.Tensor,
+    center_act: torch.Tensor,
+    kernel_size: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> None:
+    """center_grad [K, O] and center_act [K, I (+ 1)], or both with a rank dimension in the middle."""
+    O, I = grad.shape[1], features(act, kernel_size, groups, bias)
+    if center_grad.dim() not in (2, 3) or center_grad.shape[-1] != O:
+        raise ValueError(f"center_grad must be [K, {O}] or [K, r, {O}] (grad's channels), got {shape(center_grad)}")
+    expected = [*center_grad.shape[:-1], I]
+    if list(center_act.shape) != expected:
+        raise ValueError(
+            f"center_act must be {expected} (K and rank from center_grad, C_in/groups · prod(kernel_size)"
+            f"{' + 1 for the bias' if bias else ''} features), got {shape(center_act)}"
+        )
+    check_auxiliary("center_grad", center_grad, act)
+    check_auxiliary("center_act", center_act, act)
