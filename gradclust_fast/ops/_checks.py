@@ -47,3 +47,52 @@ def as_rows(tensor: torch.Tensor) -> torch.Tensor:
     T = tensor.shape[1:-1].numel()
     rows = tensor.reshape(B, T, F)
     return rows if rows.stride(2) == 1 or F <= 1 else rows.contiguous()
+
+
+def in_features(act: torch.Tensor, bias: bool) -> int:
+    """Columns of G_b: with a bias, act has one more, constant-1 feature."""
+    return act.shape[-1] + int(bias)
+
+
+def check_auxiliary(name: str, tensor: torch.Tensor, act: torch.Tensor) -> None:
+    """A matrix that every example meets (a projection, a centre): act's dtype or the accumulator's, act's device."""
+    allowed = {act.dtype, accumulator(act.dtype)}
+    if tensor.dtype not in allowed:
+        expected = " or ".join(sorted(map(str, allowed)))
+        raise TypeError(f"{name} must be {expected} for {act.dtype} factors, got {tensor.dtype}; cast it")
+    if tensor.device != act.device:
+        raise ValueError(f"{name} must be on {act.device} like act, got {tensor.device}; move one of them")
+
+
+def check_sides(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> None:
+    """left [O, P] and right [I (+ 1), Q]; None is the identity."""
+    I, why = in_features(act, bias), "act's features plus one for the bias" if bias else "act's features"
+    for name, side, size, source in (("left", left, grad.shape[-1], "grad's features"), ("right", right, I, why)):
+        if side is None:
+            continue
+        if side.dim() != 2 or side.shape[0] != size:
+            raise ValueError(
+                f"{name} must be [{size}, {'P' if name == 'left' else 'Q'}] ({source}), got {shape(side)}; "
+                f"one column per sketch dimension, or None for the identity"
+            )
+        check_auxiliary(name, side, act)
+
+
+def check_centers(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> None:
+    """center_grad [K, O] and center_act [K, I (+ 1)], or both with a rank dimension in the middle."""
+    O, I = grad.shape[-1], in_features(act, bias)
+    if center_grad.dim() not in (2, 3) or center_grad.shape[-1] != O:
+        raise ValueError(f"center_grad must be [K, {O}] or [K, r, {O}] (grad's features), got {shape(center_grad)}")
+    expected = [*center_grad.shape[:-1], I]
+    if list(center_act.shape) != expected:
+        hint = "; with bias=True its last column meets the constant 1" if bias else ""
+        raise ValueError(
+            f"center_act must be {expected} (K and rank from center_grad, features from act), "
+            f"got {shape(center_act)}{hint}"
+        )
+    check_auxiliary("center_grad", center_grad, act)
+    check_auxiliary("center_act", center_act, act)

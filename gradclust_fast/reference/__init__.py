@@ -5,4 +5,9 @@ from . import conv_gram as conv_gram
 from . import conv_moments as conv_moments
 from . import conv_sketch as conv_sketch
 from . import conv_sqnorm as conv_sqnorm
+from . import grad_dot as grad_dot
+from . import grad_gram as grad_gram
+from . import grad_moments as grad_moments
+from . import grad_quantities as grad_quantities
+from . import grad_sketch as grad_sketch
 from . import grad_sqnorm as grad_sqnorm

@@ -8,7 +8,7 @@ from .common import upcast
 
 
 def grad_sqnorm(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
-    """‖G_b‖² without storing G_b: the centred Gram sum of method.md §1, or G_b itself where that is cheaper."""
+    """‖G_b‖² without storing G_b: the centred Gram sum, or G_b itself where that is cheaper."""
     act, grad = upcast(act), upcast(grad)  # [B, T, I], [B, T, O]
     T, I, O = act.shape[1], act.shape[2], grad.shape[2]
     total = grad.sum(1)  # [B, O]

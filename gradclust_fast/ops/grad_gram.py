@@ -1,0 +1,51 @@
+"""``grad_gram``: all pairwise inner products of the examples' gradients of a linear layer."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from .._dispatch import Op
+from ._checks import accumulator, check_factors
+
+
+def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
+    """Inner products ⟨G_b, G_c⟩ of all pairs of per-example weight gradients ``G_b = grad[b]ᵀ act[b]``.
+
+    Args:
+        act: layer inputs [B, *, I]; ``*`` is any number of position dimensions, summed over within an example.
+        grad: gradients of the loss with respect to the layer's outputs [B, *, O], same dtype and device.
+        bias: add the inner products of the bias gradients ``Σ_t grad[b, t]``.
+
+    Returns:
+        [B, B], symmetric to the bit; float64 for float64 inputs, else float32, in the units of gradient squared.
+        A NaN in an example stays in its own row and column.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit.
+
+    Source:
+        ``⟨G_b, G_c⟩ = Σ_{s,t} (act[b, s]·act[c, t]) (grad[b, s]·grad[c, t])``; the guide's "mathematics" page.
+
+    Example:
+        >>> act, grad = torch.randn(8, 5, 16), torch.randn(8, 5, 4)
+        >>> gf.ops.grad_gram(act, grad).shape
+        torch.Size([8, 8])
+    """
+    return _op.call(act, grad, bias)
+
+
+def _check(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> None:
+    check_factors(act, grad)
+
+
+def _fake(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    return act.new_empty(act.shape[0], act.shape[0], dtype=accumulator(act.dtype))  # [B, B]
+
+
+_op = Op(
+    "grad_gram(Tensor act, Tensor grad, bool bias) -> Tensor",
+    check=_check,
+    fake=_fake,
+    reference=reference.grad_gram.grad_gram,
+)

@@ -1,0 +1,35 @@
+"""All pairwise inner products of per-example gradients of a linear layer."""
+
+from __future__ import annotations
+
+import torch
+
+from .common import upcast
+
+
+def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    """⟨G_b, G_c⟩ = Σ_{s,t} (act[b, s]·act[c, t]) (grad[b, s]·grad[c, t]), centred within each example.
+
+    Replacing act[b] by its deviations from the example's mean, and adding one position (mean, Σ_t grad[b, t]), leaves
+    G_b as it is and takes the cancellation of near-constant activations out of the sum.
+    """
+    act, grad = upcast(act), upcast(grad)  # [B, T, I], [B, T, O]
+    B, T = act.shape[:2]
+    if T == 0:
+        return act.new_zeros(B, B)
+    if bias:
+        act = torch.cat([act, act.new_ones(B, T, 1)], 2)
+    if T == 1:
+        return (act[:, 0] @ act[:, 0].mT) * (grad[:, 0] @ grad[:, 0].mT)
+    I, O = act.shape[2], grad.shape[2]
+    if B * T * (I + O) > (B + 2 * T) * I * O:  # FLOPs of the two ways
+        G = (grad.mT @ act).reshape(B, O * I)
+        return G @ G.mT
+    mean = act.mean(1, keepdim=True)
+    act = torch.cat([act - mean, mean], 1)  # [B, T + 1, I]
+    grad = torch.cat([grad, grad.sum(1, keepdim=True)], 1)
+    rows = []
+    for a, d in zip(act, grad):  # one example against all: [T + 1, B, T + 1] at a time
+        rows.append(((act @ a.mT) * (grad @ d.mT)).sum((1, 2)))  # [B]
+    gram = torch.stack(rows) if rows else act.new_zeros(0, 0)
+    return gram.triu() + gram.triu(1).mT
