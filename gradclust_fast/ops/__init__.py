@@ -1,10 +1,14 @@
 """Tensors in, fresh tensors out: per-example gradient quantities from a layer's inputs and output gradients."""
 
+from .assign import assign
+from .assign_points import assign_points
+from .cluster_sums import cluster_sums
 from .conv_dot import conv_dot
 from .conv_gram import conv_gram
 from .conv_moments import conv_moments
 from .conv_sketch import conv_sketch
 from .conv_sqnorm import conv_sqnorm
+from .exact_moves import exact_moves
 from .grad_dot import grad_dot
 from .grad_gram import grad_gram
 from .grad_moments import grad_moments
@@ -13,11 +17,15 @@ from .grad_sketch import grad_sketch
 from .grad_sqnorm import grad_sqnorm
 
 __all__ = [
+    "assign",
+    "assign_points",
+    "cluster_sums",
     "conv_dot",
     "conv_gram",
     "conv_moments",
     "conv_sketch",
     "conv_sqnorm",
+    "exact_moves",
     "grad_dot",
     "grad_gram",
     "grad_moments",

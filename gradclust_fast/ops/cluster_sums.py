@@ -1,0 +1,56 @@
+"""``cluster_sums``: sum and size of every cluster of rows."""
+
+from __future__ import annotations
+
+import torch
+
+from .. import reference
+from .._dispatch import Op
+from ._checks import accumulator
+from ._point_checks import check_labels, check_points, check_range
+
+
+def cluster_sums(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_{i in k} x_i and N_k of every cluster k. Added in float64 and in a fixed order: the same bits on every run.
+
+    Args:
+        points: [N, R].
+        labels: [N] int64, each in [0, num_clusters).
+        num_clusters: K ≥ 1.
+
+    Returns:
+        ``sums`` [K, R], float64 for float64 points, else float32, and ``counts`` [K] int64. Empty clusters are zeros;
+        a NaN stays in its own cluster and column.
+
+    Raises:
+        ValueError, TypeError: shapes, dtypes or devices that do not fit; a label out of range, naming the first.
+
+    Example:
+        >>> sums, counts = gf.ops.cluster_sums(torch.tensor([[1.0], [2.0], [4.0]]), torch.tensor([1, 1, 0]), 3)
+        >>> sums.tolist(), counts.tolist()
+        ([[4.0], [3.0], [0.0]], [1, 2, 0])
+    """
+    return _op.call(points, labels, num_clusters)
+
+
+def _check(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> None:
+    check_points("points", points)
+    check_labels(labels, num_clusters, points)
+
+
+def _fake(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    sums = points.new_empty(num_clusters, points.shape[1], dtype=accumulator(points.dtype))  # [K, R]
+    return sums, points.new_empty(num_clusters, dtype=torch.int64)  # [K]
+
+
+def _reference(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
+    check_range(labels, num_clusters)
+    return reference.cluster_sums.cluster_sums(points, labels, num_clusters)
+
+
+_op = Op(
+    "cluster_sums(Tensor points, Tensor labels, SymInt num_clusters) -> (Tensor, Tensor)",
+    check=_check,
+    fake=_fake,
+    reference=_reference,
+)
