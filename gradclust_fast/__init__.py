@@ -5,6 +5,8 @@ __version__ = "0.1.0"
 from . import ops
 from ._dispatch import backend, explain
 from ._native import build_info
+from .coverage import coverage
+from .recording import record
 from .sketching import Sketch
 
-__all__ = ["Sketch", "__version__", "backend", "build_info", "explain", "ops"]
+__all__ = ["Sketch", "__version__", "backend", "build_info", "coverage", "explain", "ops", "record"]

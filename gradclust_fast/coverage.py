@@ -1,0 +1,87 @@
+"""``coverage``: which parameter is recorded by which route, at which cost, before anything runs."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from .selection import Parameters, kind, split
+
+
+@dataclass(frozen=True)
+class CoverageRow:
+    """One parameter.
+
+    Attributes:
+        parameter: its name without wrapper prefixes.
+        module: the type of the module that owns it; several where it is tied.
+        route: ``"factored"``, ``"sum"``, ``"none"`` (recording raises), ``"frozen"`` or ``"filtered out"``.
+        cost: what recording adds to a step, in words; empty where nothing is recorded.
+        note: what to know, or the remedy.
+    """
+
+    parameter: str
+    module: str
+    route: str
+    cost: str
+    note: str
+
+
+class Coverage(list[CoverageRow]):
+    """A list of :class:`CoverageRow`. Prints as a table."""
+
+    @property
+    def complete(self) -> bool:
+        """Whether ``gf.record`` with the same parameters would accept the model."""
+        return all(row.route != "none" for row in self)
+
+    def __str__(self) -> str:
+        header = ("parameter", "module", "route", "cost", "note")
+        table = [header] + [(row.parameter, row.module, row.route, row.cost, row.note) for row in self]
+        widths = [max(len(line[i]) for line in table) for i in range(len(header))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths)).rstrip() for line in table]
+        return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
+
+
+def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
+    """How ``gf.record(model, parameters=parameters)`` would treat every parameter. Nothing runs.
+
+    Args:
+        model: any module.
+        parameters: as for ``gf.record``.
+
+    Returns:
+        A :class:`Coverage`: a list of rows that prints as a table; ``.complete`` says whether recording would start.
+
+    Example:
+        >>> print(gf.coverage(torch.nn.Linear(4, 2)))  # doctest: +SKIP
+    """
+    coupled = [name for name, module in model.named_modules() if _couples_batch(module)]
+    rows = Coverage()
+    for entry, state in split(model, parameters):
+        notes = []
+        if state != "recorded":
+            rows.append(CoverageRow(entry.name, kind(entry), state, "", ""))
+            continue
+        calls = entry.calls()
+        if None in calls:
+            note = "leave it out with parameters=, freeze it, or use a module type that has a route"
+            rows.append(CoverageRow(entry.name, kind(entry), "none", "", note))
+            continue
+        if len(entry.owners) > 1:
+            notes.append("tied: cross terms included")
+        if coupled:
+            notes.append(
+                f"batch-coupled: BatchNorm in train mode ({coupled[0]}) makes rows shares of the batch gradient"
+            )
+        route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
+        rows.append(CoverageRow(entry.name, kind(entry), route, cost, "; ".join(notes)))
+    return rows
+
+
+def _couples_batch(module: torch.nn.Module) -> bool:
+    """Train-mode BatchNorm, or one without running statistics, mixes the examples of a batch."""
+    return isinstance(module, torch.nn.modules.batchnorm._BatchNorm) and (
+        module.training or module.running_mean is None
+    )

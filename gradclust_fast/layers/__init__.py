@@ -1,0 +1,44 @@
+"""Layer type → how its functions are read and what the factors of its per-example gradients are. No kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from torch import nn
+
+from .base import BatchLayout, Call, DenseFactors, Factors
+from .conv import ConvCall, ConvFactors
+from .linear import LinearCall, LinearFactors
+
+CALLS: tuple[type[Call], ...] = (LinearCall, ConvCall)
+"""The table: a new layer type is one file and one entry here."""
+
+ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
+
+
+def route_of(module: nn.Module, name: str) -> type[Call] | None:
+    """How the parameter ``name`` of this module is used, or None where no layer type says so.
+
+    A subclass counts as its base as long as it does not override ``forward``: what forward does is what was tested.
+    """
+    for call in CALLS:
+        for kind, names in call.modules.items():
+            inherited = isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
+            if inherited and name in names:
+                return call
+    return None
+
+
+__all__ = [
+    "CALLS",
+    "ROUTES",
+    "BatchLayout",
+    "Call",
+    "ConvCall",
+    "ConvFactors",
+    "DenseFactors",
+    "Factors",
+    "LinearCall",
+    "LinearFactors",
+    "route_of",
+]

@@ -1,0 +1,153 @@
+"""Convolutions: a linear layer whose activations are the image's patches, which are never unfolded in memory."""
+
+from __future__ import annotations
+
+from itertools import product
+from typing import Any, ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .._dispatch import OPS
+from .base import BatchLayout, Call, DenseFactors, Factors, accumulator, run_op
+from .linear import LinearFactors
+
+
+class ConvFactors(Factors):
+    """act [B, C, *spatial] and grad [B, O, *out_spatial] of one dtype. G_b is weight-shaped: [O, C/groups, *kernel].
+
+    Args:
+        geometry: (kernel_size, stride, padding, dilation, groups, bias=False) as the conv ops take them: lists, with
+            the padding before and after each spatial dimension.
+    """
+
+    def __init__(self, act: torch.Tensor, grad: torch.Tensor, shape: torch.Size, geometry: tuple[Any, ...]) -> None:
+        self.act, self.grad, self.shape, self.geometry = act.to(grad.dtype), grad, shape, geometry
+
+    @property
+    def B(self) -> int:
+        return self.act.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.act.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.act.dtype
+
+    def sqnorm(self) -> torch.Tensor:
+        return run_op("conv_sqnorm", self.act, self.grad, *self.geometry)
+
+    def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
+        return run_op("conv_sketch", self.act, self.grad, left, right, *self.geometry)
+
+    def dot(self, center_rows: torch.Tensor, center_cols: torch.Tensor) -> torch.Tensor:
+        return run_op("conv_dot", self.act, self.grad, center_rows, center_cols, *self.geometry)
+
+    def gram(self) -> torch.Tensor:
+        return run_op("conv_gram", self.act, self.grad, *self.geometry)
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        first, second = run_op("conv_moments", self.act, self.grad, *self.geometry)
+        return first.reshape(self.shape), second.reshape(self.shape)
+
+    def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
+        groups, O = self.geometry[4], self.shape[0]
+        dims = tuple(range(2, self.act.dim()))
+        mean = torch.stack([tap.mean(dims, dtype=accumulator(self.dtype)) for tap in self._taps()], 2)  # [B, C, k]
+        total = self.grad.sum(dims, dtype=mean.dtype)  # [B, O]
+        if groups == 1:
+            return mean.flatten(1), total
+        spread = total.new_zeros(self.B, groups, O)  # row γ keeps the channels of group γ only
+        for group, part in enumerate(total.split(O // groups, 1)):
+            spread[:, group, group * (O // groups) : (group + 1) * (O // groups)] = part
+        return mean.reshape(self.B, groups, -1), spread
+
+    def negated(self) -> ConvFactors:
+        return ConvFactors(self.act, -self.grad, self.shape, self.geometry)
+
+    def linear(self) -> Factors:
+        if self.geometry[4] != 1:
+            return DenseFactors.of(self)
+        columns = self.columns()
+        return LinearFactors(columns.act.squeeze(3).mT, columns.grad.squeeze(3).mT, self.shape)
+
+    def columns(self) -> ConvFactors:
+        """The same gradients as those of a 1 × 1 convolution over the unfolded image [B, C·k, T, 1]."""
+        unfolded = torch.stack(list(self._taps()), 2)  # [B, C, k, *out]
+        T = self.grad.shape[2:].numel()
+        act = unfolded.reshape(self.B, -1, T, 1)
+        return ConvFactors(act, self.grad.reshape(self.B, -1, T, 1), self.shape, _pointwise(self.geometry[4]))
+
+    def _taps(self) -> Any:
+        """What each element of the kernel sees: views [B, C, *out] of the padded image, in the kernel's order."""
+        kernel_size, stride, padding, dilation, *_ = self.geometry
+        image = F.pad(self.act, [p for i in range(len(padding) - 2, -1, -2) for p in padding[i : i + 2]])
+        out = self.grad.shape[2:]
+        for element in product(*map(range, kernel_size)):
+            window = [slice(None), slice(None)]
+            for e, d, s, n in zip(element, dilation, stride, out):
+                window.append(slice(e * d, e * d + s * (n - 1) + 1, s) if n else slice(0, 0))
+            yield image[tuple(window)]
+
+    def _concat(self, other: ConvFactors) -> ConvFactors | None:
+        if self.geometry[4] != other.geometry[4]:
+            return None
+        mine, theirs = self.columns(), other.columns()
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        act = torch.cat([mine.act.to(dtype), theirs.act.to(dtype)], 2)
+        grad = torch.cat([mine.grad.to(dtype), theirs.grad.to(dtype)], 2)
+        return ConvFactors(act, grad, self.shape, mine.geometry)
+
+
+def _pointwise(groups: int) -> tuple[Any, ...]:
+    return [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], groups, False
+
+
+class ConvCall(Call):
+    """``torch.conv1d``, ``conv2d`` and ``conv3d``."""
+
+    functions = (torch.conv1d, torch.conv2d, torch.conv3d)
+    modules: ClassVar = dict.fromkeys((nn.Conv1d, nn.Conv2d, nn.Conv3d), ("weight", "bias"))
+    costs: ClassVar = {
+        "weight": ("factored", "exact from the layer's input and output gradient, nothing is unfolded"),
+        "bias": ("sum", "the output gradient summed over positions"),
+    }
+
+    def __init__(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        dilation: Any = 1,
+        groups: int = 1,
+    ) -> None:
+        self.held: torch.Tensor | None = input
+        self.parameters = {"weight": weight, "bias": bias}
+        self.options = {"stride": stride, "padding": padding, "dilation": dilation, "groups": groups}
+        self.shape = weight.shape
+
+    def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
+        if grad.dim() != len(self.shape):
+            raise ValueError(
+                f"has an output of shape {list(grad.shape)} without a batch dimension; unsqueeze(0) its input"
+            )
+        folded = layout.fold(grad)
+        n = folded.shape[1] if folded.dim() > grad.dim() else 1
+        if role == "bias":
+            total = grad.sum(tuple(range(2, grad.dim())), dtype=accumulator(grad.dtype))  # [B, O]
+            return DenseFactors(total if n == 1 else layout.fold(total).sum(1))
+        assert self.held is not None
+        act, grad, *geometry = OPS["conv_sqnorm"].prepare(self.held, grad, kernel_size=self.shape[2:], **self.options)
+        factors = ConvFactors(act, grad, self.shape, tuple(geometry))
+        if n == 1:
+            return factors
+        columns = factors.columns()
+        act, grad = (
+            layout.fold(t.squeeze(3)).transpose(1, 2).flatten(2).unsqueeze(3) for t in (columns.act, columns.grad)
+        )  # [B, C·k, n·T, 1], [B, O, n·T, 1]
+        return ConvFactors(act, grad, self.shape, columns.geometry)

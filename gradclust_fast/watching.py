@@ -1,0 +1,536 @@
+"""Sees every use of a model's parameters in an ordinary forward and streams their per-example factors in backward.
+
+A torch-function mode looks at each torch call that has a watched parameter among its arguments. Calls with a route
+(``layers``) get a hook on the node that will receive their output's gradient; any other differentiable use raises on
+the spot. Nothing is wrapped or swapped, and gradients are only read.
+"""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.autograd.graph import GradientEdge
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ._dispatch import backend, current_backend
+from .layers import ROUTES, BatchLayout, Call, Factors
+from .selection import Named, Parameters, select
+
+_watched: dict[int, str] = {}  # id of every parameter that some open watch watches, and its name
+
+
+class _Entry:
+    """A watched parameter."""
+
+    __slots__ = ("hidden", "live", "name", "parameter", "shape")
+
+    def __init__(self, named: Named) -> None:
+        self.name, self.parameter = named.name, named.parameter
+        self.live = 0  # uses whose gradient may still come
+        self.hidden = 0  # uses without grad mode: a reentrant checkpoint repeats them in backward
+
+
+class Backward:
+    """One backward pass through watched layers."""
+
+    def __init__(self, planned: bool = False) -> None:
+        self.B: int | None = None
+        self.planned = planned  # by Watch.backward, which computes no parameter gradient
+        self.leader = ""  # the parameter that said B
+        self.stash: dict[str, list[Factors]] = {}
+        self.seen: set[str] = set()  # parameters whose factors came
+        self.consumed: set[str] = set()
+        self.blank: set[str] = set()  # parameters that autograd reached with no gradient at all
+        self.received: set[str] = set()  # parameters whose gradient autograd computed
+        self.state: Any = None  # the consumer's
+
+
+class _Use:
+    """One routed call. The hook on the graph's node owns it, so it lives as long as its gradient may come."""
+
+    __slots__ = ("__weakref__", "call", "entries", "handle", "index", "root", "shape", "spent", "version", "watch")
+
+    def __init__(
+        self, watch: Watch, call: Call, entries: dict[str, _Entry], index: int, shape: torch.Size, root: int | None
+    ) -> None:
+        self.watch, self.call, self.entries, self.index, self.shape = watch, call, entries, index, shape
+        self.root = root  # the backward that recomputed this call, or None for an ordinary forward
+        self.version = _version(call.held)
+        self.spent = False
+        self.handle: Any = None
+        for entry in entries.values():
+            entry.live += 1
+
+    def spend(self) -> None:
+        """No gradient can come any more: the activation may go, even where a loss keeps the graph alive."""
+        if not self.spent:
+            self.spent = True
+            self.call.held = None
+            for entry in self.entries.values():
+                entry.live -= 1
+
+    def __del__(self) -> None:
+        self.spend()
+
+    def fire(self, grads: tuple[torch.Tensor | None, ...]) -> None:
+        with torch._C.DisableTorchFunction():
+            if torch.is_grad_enabled():
+                raise NotImplementedError(
+                    f"{self.names()}: create_graph=True inside a record: a gradient of a gradient has no per-example "
+                    f"route. Compute this term outside of the record"
+                )
+            self.watch._fired(self, grads[self.index])
+
+    def names(self) -> str:
+        return ", ".join(entry.name for entry in self.entries.values())
+
+
+def _version(tensor: torch.Tensor | None) -> int | None:
+    return None if tensor is None or tensor.is_inference() else tensor._version
+
+
+class _Mode(TorchFunctionMode):
+    def __init__(self, watch: Watch) -> None:
+        super().__init__()
+        self.watch = watch
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        used = _find(args, self.watch._entries)
+        if kwargs:
+            used += _find(kwargs.values(), self.watch._entries)
+        if used:
+            return self.watch._used(func, args, kwargs, used)
+        if func is torch.Tensor.backward:
+            return self.watch._tensor_backward(*args, **kwargs)
+        return func(*args, **kwargs)
+
+
+def _find(args: Iterable[Any], entries: dict[int, _Entry]) -> list[_Entry]:
+    """The watched parameters among a call's arguments, lists included."""
+    found: list[_Entry] = []
+    for arg in args:
+        entry = entries.get(id(arg))
+        if entry is not None:
+            found.append(entry)
+        elif isinstance(arg, (list, tuple)):
+            found += _find(arg, entries)
+    return found
+
+
+class Watch:
+    """Context manager: ``consume(name, factors)`` for every watched parameter of every backward inside.
+
+    Args:
+        model: any module. Its forward, backward and ``.grad`` are what they would be without the watch.
+        consume: called once per parameter and backward, as soon as the last use's gradient is known; ``factors`` are
+            the :class:`~gradclust_fast.layers.Factors` of all uses together. Their memory is freed afterwards unless
+            the consumer keeps them.
+        parameters: name globs, or a predicate of name and parameter; None watches every trainable parameter.
+        batch_dim: the batch dimension of layers that leave it open (linear layers on sequences: 0 or 1).
+        batch_size: number of examples, where some layer sees several rows an example (consecutive for
+            ``batch_dim=0``, strided for 1).
+
+    Raises:
+        NotImplementedError: a watched parameter without a route, or a use of one, when it happens.
+        RuntimeError: on exit, when no backward ran or a parameter received a gradient through an unseen use.
+    """
+
+    _keeps_edges = True  # what `backward` needs; it keeps the graph of every forward alive until its backward
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        consume: Callable[[str, Factors], None],
+        *,
+        parameters: Parameters = None,
+        batch_dim: int = 0,
+        batch_size: int | None = None,
+    ) -> None:
+        if batch_dim not in (0, 1):
+            raise ValueError(f"batch_dim must be 0 or 1, got {batch_dim!r}; move the batch to one of these dimensions")
+        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
+            raise ValueError(f"batch_size must be a number of examples or None, got {batch_size!r}")
+        self.model, self._consumer, self._parameters = model, consume, parameters
+        self._layout = BatchLayout(batch_dim, batch_size)
+        self.backwards = 0
+        self._entries: dict[int, _Entry] = {}
+        self._state = "new"
+
+    # --- what a subclass may add to --------------------------------------------------------------------------------
+
+    def _begun(self, run: Backward) -> None:
+        """Before the first gradient of a backward is used."""
+
+    def _consume(self, run: Backward, name: str, factors: Factors) -> None:
+        self._consumer(name, factors)
+
+    def _received(self, run: Backward, name: str, grad: torch.Tensor) -> None:
+        """A parameter's gradient of this backward, before it is accumulated."""
+
+    def _finished(self, run: Backward) -> None:
+        """All factors of a backward were consumed and its gradients accumulated."""
+
+    # --- opening and closing ---------------------------------------------------------------------------------------
+
+    def __enter__(self) -> Any:
+        if self._state != "new":
+            raise RuntimeError(f"this {type(self).__name__} was used before; open a new one for every `with`")
+        chosen = select(self.model, self._parameters)
+        twice = [named.name for named in chosen if id(named.parameter) in _watched]
+        if twice:
+            raise RuntimeError(
+                f"the model is already being recorded ({', '.join(twice)}); close the other record first, or ask it "
+                f"for everything at once"
+            )
+        self.names = [named.name for named in chosen]
+        self._entries = {id(named.parameter): _Entry(named) for named in chosen}
+        self._backend, self._threads = current_backend(), torch.get_num_threads()
+        self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
+        self._edges: list[tuple[_Use, GradientEdge]] = []
+        self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
+        self._runs: dict[int, Backward] = {}  # by graph task; a nested backward belongs to the one that started it
+        self._roots: dict[int, int] = {}
+        self._plan: Backward | None = None
+        self._unseen: dict[str, None] = {}
+        self._hooks = [
+            entry.parameter.register_hook(lambda grad, entry=entry: self._arrived(entry, grad))
+            for entry in self._entries.values()
+        ]
+        _watched.update((id(entry.parameter), entry.name) for entry in self._entries.values())
+        # A compiled model hides its calls; an import of dynamo only to turn it off would cost seconds.
+        self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        self._mode = _Mode(self)
+        self._mode.__enter__()
+        self._state = "open"
+        return self
+
+    def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
+        self._state = "closed"
+        self._mode.__exit__(kind, error, trace)
+        if self._stance is not None:
+            self._stance.__exit__(kind, error, trace)
+        for hook in self._hooks:
+            hook.remove()
+        for entry in self._entries.values():
+            del _watched[id(entry.parameter)]
+            if not entry.parameter._backward_hooks:
+                entry.parameter._backward_hooks = None
+        for use in list(self._uses):
+            use.handle.remove()
+            use.spend()
+        del self._mode, self._hooks, self._stance
+        self._uses.clear()
+        self._edges.clear()
+        self._runs.clear()
+        if kind is not None:
+            return
+        if self._unseen:
+            raise RuntimeError(
+                f"{', '.join(self._unseen)} received a gradient through a use that the record did not see: a forward "
+                f"outside of the record or in another thread, a custom autograd.Function, a scripted or traced "
+                f"module. Run forward and backward inside the record, or leave these parameters out with parameters="
+            )
+        if self.backwards == 0:
+            raise RuntimeError(
+                "the record received nothing: no backward through a recorded parameter ran inside it; put both "
+                "forward and backward inside the `with` block"
+            )
+
+    # --- forward ---------------------------------------------------------------------------------------------------
+
+    def _used(self, func: Any, args: tuple, kwargs: dict, used: list[_Entry]) -> Any:
+        route = ROUTES.get(func)
+        if route is None:
+            out = func(*args, **kwargs)
+            # x[i] = parameter returns None and changes x
+            if _differentiable(out, self._entries) or (
+                out is None and args and _differentiable(args[0], self._entries)
+            ):
+                self._refuse(func, used, "has no per-example route")
+            return out
+        call = route(*args, **kwargs)
+        entries = {
+            role: self._entries[id(parameter)]
+            for role, parameter in call.parameters.items()
+            if parameter is not None and id(parameter) in self._entries
+        }
+        if call.held is not None and torch.is_grad_enabled():
+            cast = _autocast(call.held)
+            if cast is not call.held:  # what autocast would do: now both it and the use hold the same memory
+                args, kwargs = _replace(call.held, cast, args, kwargs)
+                call.held = cast
+        first = torch._C._autograd._get_sequence_nr()
+        out = func(*args, **kwargs)
+        if not out.requires_grad:
+            for entry in used:
+                entry.hidden += 1
+            return out
+        if len(entries) != len(used):
+            self._refuse(func, used, "is used as the input of a layer, which has no per-example route")
+        self._spans.update(range(first, torch._C._autograd._get_sequence_nr()))
+        self._watch_output(call, entries, out)
+        return out
+
+    def _watch_output(self, call: Call, entries: dict[str, _Entry], out: torch.Tensor) -> None:
+        call.held = None if call.light.issuperset(entries) or call.held is None else call.held.detach()
+        task, root = torch._C._current_graph_task_id(), None
+        if task != -1:  # a checkpoint recomputes: whatever comes of it belongs to the backward that is running
+            root = self._roots.get(task, task)
+            if self._plan is None:
+                self._open_run(root)
+            for entry in entries.values():
+                entry.hidden = max(0, entry.hidden - 1)
+        # A view (a linear layer's output with position dimensions) loses its own node when it is modified in place;
+        # its base keeps the node that the gradient passes through in every case.
+        source = out._base if out._is_view() and out._base is not None and _same_order(out, out._base) else out
+        node = source.grad_fn
+        assert node is not None
+        use = _Use(self, call, entries, source.output_nr, out.shape, root)
+        use.handle = node.register_prehook(use.fire)
+        self._uses.add(use)
+        if self._keeps_edges:
+            self._edges.append((use, GradientEdge(node, source.output_nr)))
+
+    def _refuse(self, func: Any, used: list[_Entry], why: str) -> None:
+        names = ", ".join(dict.fromkeys(entry.name for entry in used))
+        raise NotImplementedError(
+            f"{names} {why}: {resolve_name(func) or getattr(func, '__name__', func)} uses it in a differentiable way. "
+            f"Leave it out with parameters=, compute this term outside of the record (a penalty on the weights is the "
+            f"same for every example), or call the parameter through its layer"
+        )
+
+    # --- backward --------------------------------------------------------------------------------------------------
+
+    def backward(self, losses: torch.Tensor) -> None:
+        """Streams the gradients of ``losses.sum()`` to the consumer. No parameter gradient is computed.
+
+        ``.grad`` is not touched, and the time of the weight-gradient products is saved. The graph is freed.
+
+        Args:
+            losses: per-example losses [B], computed inside this watch.
+        """
+        if self._state != "open":
+            raise RuntimeError("backward must be called inside the `with` block that watched the forward")
+        if losses.dim() != 1 or not losses.requires_grad:
+            raise ValueError(
+                f"losses must be per-example losses [B] with a graph, got shape {list(losses.shape)} and "
+                f"requires_grad={losses.requires_grad}; use reduction='none' and compute them inside the watch"
+            )
+        self._check_graph(losses)
+        edges, self._edges = [(use, edge) for use, edge in self._edges if not use.spent], []
+        if not edges:
+            raise RuntimeError("no watched layer was called since the last backward; compute losses inside the watch")
+        self._plan = run = Backward(planned=True)
+        self._begun(run)
+        try:
+            grads = torch.autograd.grad(losses.sum(), [edge for _, edge in edges], allow_unused=True)
+            # A node that only had to deliver its gradient, not pass it on, was not run, so its hook did not fire.
+            for (use, _), grad in zip(edges, grads):
+                if grad is not None and not use.spent:
+                    self._fired(use, grad)
+        finally:
+            self._plan = None
+        if run.B is not None and losses.shape[0] != run.B:
+            raise ValueError(
+                f"losses must be [{run.B}] (the number of examples that {run.leader} saw), got {list(losses.shape)}; "
+                f"pass one loss per example, or say where the batch is with batch_dim= or batch_size="
+            )
+        self._close_run(run)
+
+    def _tensor_backward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        self._check_graph(tensor)
+        with self._mode:  # so that calls which a checkpoint repeats in backward are seen
+            _autograd_backward(tensor, *args, **kwargs)
+
+    def _check_graph(self, tensor: torch.Tensor) -> None:
+        """Every edge into a watched parameter must come from a node that a routed call made."""
+        stack, seen = [tensor.grad_fn], set()
+        while stack:
+            node = stack.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            for child, _ in node.next_functions:
+                if type(child).__name__ != "AccumulateGrad":
+                    stack.append(child)
+                    continue
+                entry = self._entries.get(id(child.variable))  # type: ignore[union-attr]
+                if entry is not None and node._sequence_nr() not in self._spans:
+                    raise NotImplementedError(
+                        f"{entry.name} was used by {node.name()} in a way that the record did not see (a custom "
+                        f"autograd.Function, a forward outside of the record, a gradient of a gradient). Leave it "
+                        f"out with parameters=, or call the parameter through its layer inside the record"
+                    )
+
+    def _open_run(self, root: int) -> Backward:
+        run = self._runs.get(root)
+        if run is None:
+            run = self._runs[root] = Backward()
+            torch.autograd.Variable._execution_engine.queue_callback(lambda: self._end_run(root))
+            self._begun(run)
+        return run
+
+    def _run_of(self, use: _Use) -> Backward:
+        if self._plan is not None:
+            return self._plan
+        task = torch._C._current_graph_task_id()
+        if use.root is not None:
+            self._roots[task] = use.root
+        return self._open_run(self._roots.get(task, task))
+
+    def _fired(self, use: _Use, grad: torch.Tensor | None) -> None:
+        if self._state != "open":
+            return
+        run = self._run_of(use)
+        if grad is None:
+            run.blank.update(entry.name for entry in use.entries.values())
+            return
+        held = use.call.held
+        if held is not None and use.version is not None and held._version != use.version:
+            raise RuntimeError(
+                f"{use.names()}: the layer's input was modified in place between forward and backward (version "
+                f"{held._version}, expected {use.version}); use an out-of-place operation after this layer's input"
+            )
+        with self._quiet(grad.device.type):
+            grad = grad.detach().reshape(use.shape)
+            made = {role: self._factors(run, use, role, grad) for role in use.entries}
+            if not _keeps_graph():
+                use.spend()
+            for role, entry in use.entries.items():
+                self._take(run, entry, made[role], use.spent)
+
+    def _factors(self, run: Backward, use: _Use, role: str, grad: torch.Tensor) -> Factors:
+        name = use.entries[role].name
+        try:
+            factors = use.call.factors(role, grad, self._layout)
+        except ValueError as error:
+            raise ValueError(f"{name}: its layer {error}") from error
+        expected, leader = (run.B, run.leader) if self._layout.size is None else (self._layout.size, "batch_size")
+        if expected is None:
+            run.B, run.leader = factors.B, name
+        elif expected != factors.B:
+            raise ValueError(
+                f"{name}: its layer's output {list(use.shape)} has {factors.B} examples, but {leader} has {expected}. "
+                f"If the batch is the second dimension pass batch_dim=1; if examples have several rows here pass "
+                f"batch_size=; or leave this layer out with parameters="
+            )
+        else:
+            run.B, run.leader = expected, leader
+        return factors
+
+    def _take(self, run: Backward, entry: _Entry, factors: Factors, spent: bool) -> None:
+        if entry.name in run.consumed:
+            raise RuntimeError(
+                f"{entry.name}: a use was recomputed after the parameter's per-example gradients were complete; "
+                f"checkpoint it with use_reentrant=False, or leave it out with parameters="
+            )
+        run.seen.add(entry.name)
+        stash = run.stash.setdefault(entry.name, [])
+        stash.append(factors)
+        if spent and entry.live == 0 and entry.hidden == 0:
+            self._release(run, entry.name)
+
+    def _release(self, run: Backward, name: str) -> None:
+        parts = run.stash.pop(name)
+        while len(parts) > 1:  # pairwise, so that n uses are copied log n times
+            parts = [a.concat(b) for a, b in zip(parts[::2], parts[1::2])] + parts[len(parts) & ~1 :]
+        run.consumed.add(name)
+        self._consume(run, name, parts[0])
+
+    def _arrived(self, entry: _Entry, grad: torch.Tensor | None) -> None:
+        if grad is None:
+            return
+        task = torch._C._current_graph_task_id()
+        run = self._runs.get(self._roots.get(task, task))
+        if run is not None and entry.name in run.seen:
+            run.received.add(entry.name)
+            with self._quiet(grad.device.type):
+                self._received(run, entry.name, grad)
+        elif run is None or entry.name not in run.blank:
+            self._unseen[entry.name] = None
+
+    def _end_run(self, root: int) -> None:
+        run = self._runs.pop(root, None)
+        self._roots = {task: r for task, r in self._roots.items() if r != root}
+        if run is None or self._state != "open" or run.B is None:
+            return
+        unasked = [name for name in self.names if name in run.seen and name not in run.received]
+        if unasked:
+            raise RuntimeError(
+                f"a backward inside the record passed through {', '.join(unasked)} without computing their gradient "
+                f"(torch.autograd.grad or backward(inputs=...) of something else): run it outside of the record"
+            )
+        self._edges = [(use, edge) for use, edge in self._edges if not use.spent]
+        self._close_run(run)
+
+    def _close_run(self, run: Backward) -> None:
+        with self._quiet("cpu"):
+            for name in list(run.stash):
+                self._release(run, name)
+            self.backwards += 1
+            self._finished(run)
+
+    @contextmanager
+    def _quiet(self, device: str) -> Iterator[None]:
+        """The state that ops expect, in whatever thread and under whatever modes backward runs."""
+        threads = torch.get_num_threads()
+        with torch._C.DisableTorchFunction(), torch.no_grad(), backend(self._backend):
+            if threads != self._threads:
+                torch.set_num_threads(self._threads)
+            try:
+                if torch.is_autocast_enabled(device):
+                    with torch.autocast(device, enabled=False):
+                        yield
+                else:
+                    yield
+            finally:
+                if threads != self._threads:
+                    torch.set_num_threads(threads)
+
+
+def _differentiable(out: Any, entries: dict[int, _Entry]) -> bool:
+    if isinstance(out, torch.Tensor):
+        return out.requires_grad and out.grad_fn is not None and id(out) not in entries
+    return isinstance(out, (list, tuple)) and any(_differentiable(item, entries) for item in out)
+
+
+def _same_order(view: torch.Tensor, base: torch.Tensor) -> bool:
+    return view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
+
+
+def _autocast(tensor: torch.Tensor) -> torch.Tensor:
+    """The cast that autocast makes of a layer's input; a leaf stays, since autocast caches its cast."""
+    device = tensor.device.type
+    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
+        return tensor
+    return tensor if tensor.is_leaf and tensor.requires_grad else tensor.to(torch.get_autocast_dtype(device))
+
+
+def _replace(old: Any, new: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
+    args = tuple(new if arg is old else arg for arg in args)
+    return args, {key: new if value is old else value for key, value in kwargs.items()}
+
+
+def _autograd_backward(
+    tensor: torch.Tensor,
+    gradient: torch.Tensor | None = None,
+    retain_graph: bool | None = None,
+    create_graph: bool = False,
+    inputs: Any = None,
+) -> None:
+    """What ``Tensor.backward`` does, without passing through torch functions again."""
+    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
+
+
+def _keeps_graph() -> bool:
+    """Whether the running backward keeps its graph; outside of one, or where torch cannot tell, as the case demands."""
+    if torch._C._current_graph_task_id() == -1:
+        return False
+    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
+    return True if tell is None else tell()
