@@ -33,7 +33,7 @@ Either install a C++17 compiler (Debian/Ubuntu: apt-get install g++; macOS: xcod
 NO_TOOL = (
     """
 gradclust_fast could not build its native kernels: {tool} was not found.
-Either install it (pip install cmake ninja; a plain `pip install .` brings both by itself),
+Either install it (pip install cmake ninja pybind11; without --no-build-isolation, pip brings them by itself),
 """
     + PURE
 )
@@ -86,10 +86,12 @@ def discard_stale_cache(build: Path, settings: dict) -> None:
 
 class CMakeBuild(build_ext):
     def build_extension(self, ext: Extension) -> None:
-        import pybind11
-
         require_compiler()
         cmake, ninja = tool("cmake"), tool("ninja")
+        try:
+            import pybind11
+        except ImportError:
+            raise SystemExit(NO_TOOL.format(tool="pybind11")) from None
         target = Path(self.get_ext_fullpath(ext.name)).resolve()
         build = Path(self.build_temp).resolve() / "cmake"
         cuda = os.environ.get("GRADCLUST_CUDA", "AUTO").upper()
