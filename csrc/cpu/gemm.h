@@ -1,0 +1,208 @@
+// A small packed matrix product for kernels that fuse something into it: tiles stay in registers, panels in cache.
+//
+// How to use it. C [M, N] = Aᵀ-or-A times B over a depth, in three steps:
+//  1. Pack B's N columns into panels (`pack_columns` from [depth, N] memory, `pack_rows` from [N, depth] memory; the
+//     latter transposes). `Panels` says how N is cut: panels of NV·LANES columns, the last one narrower, widths
+//     multiples of LANES, zero-filled. A panel that begins at column j begins at `packed + j * depth`, and its row k at
+//     `+ k * width`.
+//  2. Give A as an accessor of MR rows: `PackedRows{panel + i, width}` reads a packed panel (so one packed copy serves
+//     both sides of a symmetric product: MR divides LANES), `RowPointers` reads MR rows of row-major memory as they
+//     are, without packing (float32 and float64 only; half types convert first, `convert`).
+//  3. `tile_product<acc>(width, depth, a, b, b_stride, c, c_stride, accumulate)` computes MR × width entries of C,
+//     c[i * c_stride + j] (+)= Σ_k a(i, k) · b[k * b_stride + j], and stores whole tiles: give it padded scratch. Cut a
+//     long depth into blocks of DEPTH and accumulate, so that a block of B stays in the L1 cache.
+// Half types become float32 when packed or converted. Scratch memory is one growing buffer per thread (`Scratch`).
+//
+// v1  MR × 3 vectors (8 × 48 AVX-512, 4 × 24 AVX2 in float32): twelve or more accumulators hide the FMA latency, and MR
+//     divides the panel width, so Gram matrices pack once.
+#pragma once
+#include <cstdio>
+#include <cstdlib>
+
+#include "isa.h"
+
+namespace gradclust::GRADCLUST_ISA {
+namespace {
+
+GRADCLUST_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
+GRADCLUST_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
+GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
+
+// Rows of a register tile, and the most vectors in one of its rows.
+#if defined(__AVX512F__)
+template <typename acc> constexpr int MR = 8;
+constexpr int NV = 3;
+#elif defined(__AVX2__)
+template <typename acc> constexpr int MR = 4;
+constexpr int NV = 3;
+#else
+template <typename acc> constexpr int MR = LANES<acc>;  // 16 registers, and a product needs one of its own
+constexpr int NV = 2;
+#endif
+template <typename acc> constexpr int NR = NV * LANES<acc>;
+constexpr int64_t DEPTH = 128;
+
+// One buffer per thread, kept between calls: fresh pages cost more than most kernels.
+struct Scratch {
+  void* memory = nullptr;
+  size_t size = 0;
+  ~Scratch() { free(memory); }
+  // Room for n elements; what an earlier call left there is lost.
+  template <typename T> T* get(int64_t n) {
+    size_t bytes = (size_t(n > 0 ? n : 1) * sizeof(T) + 4095) / 4096 * 4096;
+    if (bytes > size) {
+      free(memory);
+      size = bytes + bytes / 4 / 4096 * 4096;
+      memory = aligned_alloc(4096, size);
+      if (!memory) {
+        fprintf(stderr, "gradclust_fast: out of memory for %zu bytes of scratch\n", size);
+        abort();  // inside a parallel region nothing can be thrown
+      }
+    }
+    return static_cast<T*>(memory);
+  }
+};
+
+// How N columns are cut into panels.
+template <typename acc> struct Panels {
+  int64_t columns;
+  int64_t padded() const { return round_up(columns, LANES<acc>); }
+  int64_t width(int64_t begin) const { return min_of(NR<acc>, padded() - begin); }  // of the panel at `begin`
+};
+
+// --- conversion to the accumulator's type
+
+template <typename in_t> GRADCLUST_INLINE void convert(const in_t* src, acc_t<in_t>* dst, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) dst[i] = load(src[i]);
+}
+#if defined(__F16C__)
+template <> inline __attribute__((always_inline)) void convert<f16_t>(const f16_t* src, float* dst, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    _mm256_storeu_ps(dst + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(src + i))));
+  }
+  for (; i < n; ++i) dst[i] = load(src[i]);
+}
+#endif
+
+// --- packing
+
+// One panel from [depth, columns] memory: dst[k * width + j] = src[k * stride + j], zero from `columns` on.
+template <typename in_t>
+void pack_columns(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t columns) {
+  for (int64_t k = 0; k < depth; ++k, dst += width, src += stride) {
+    convert(src, dst, columns);
+    for (int64_t j = columns; j < width; ++j) dst[j] = 0;
+  }
+}
+
+// 4 × 4 elements of [rows, depth] memory turned; 128-bit shuffles exist everywhere.
+GRADCLUST_INLINE void transpose_4x4(float* dst, int64_t width, const float* src, int64_t stride) {
+  typedef float vec __attribute__((vector_size(16)));
+  typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
+  typedef int mask __attribute__((vector_size(16)));
+  vec a = *(const loose*)(src), b = *(const loose*)(src + stride), c = *(const loose*)(src + 2 * stride),
+      d = *(const loose*)(src + 3 * stride);
+  vec ab_low = __builtin_shuffle(a, b, mask{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, mask{2, 6, 3, 7});
+  vec cd_low = __builtin_shuffle(c, d, mask{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, mask{2, 6, 3, 7});
+  *(loose*)(dst) = __builtin_shuffle(ab_low, cd_low, mask{0, 1, 4, 5});
+  *(loose*)(dst + width) = __builtin_shuffle(ab_low, cd_low, mask{2, 3, 6, 7});
+  *(loose*)(dst + 2 * width) = __builtin_shuffle(ab_high, cd_high, mask{0, 1, 4, 5});
+  *(loose*)(dst + 3 * width) = __builtin_shuffle(ab_high, cd_high, mask{2, 3, 6, 7});
+}
+GRADCLUST_INLINE void transpose_4x4(double* dst, int64_t width, const double* src, int64_t stride) {
+  for (int j = 0; j < 4; ++j)
+    for (int k = 0; k < 4; ++k) dst[k * width + j] = src[j * stride + k];
+}
+
+// One panel from [rows, depth] memory: dst[k * width + j] = src[j * stride + k] − shift[k], zero from `rows` on; shift
+// may be null. The rows pass through a small buffer, where half types convert and the shift is taken off.
+template <typename in_t>
+void pack_rows(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t rows,
+               const acc_t<in_t>* shift = nullptr) {
+  using acc = acc_t<in_t>;
+  constexpr int64_t CHUNK = 256;
+  acc buffer[4 * CHUNK];
+  for (int64_t j = 0; j < width; j += 2) {  // zero-fill what no block of four rows writes
+    if (j >= round_up(rows, 4))
+      for (int64_t k = 0; k < depth; ++k) dst[k * width + j] = dst[k * width + j + 1] = 0;
+  }
+  for (int64_t j = 0; j < rows; j += 4) {
+    for (int64_t k0 = 0; k0 < depth; k0 += CHUNK) {
+      int64_t n = min_of(CHUNK, depth - k0);
+      for (int i = 0; i < 4; ++i) {
+        acc* row = buffer + i * CHUNK;
+        if (j + i >= rows) {
+          for (int64_t k = 0; k < n; ++k) row[k] = 0;
+          continue;
+        }
+        convert(src + (j + i) * stride + k0, row, n);
+        if (shift)
+          for (int64_t k = 0; k < n; ++k) row[k] -= shift[k0 + k];
+      }
+      acc* to = dst + k0 * width + j;
+      int64_t k = 0;
+      if (j + 4 <= width)
+        for (; k + 4 <= n; k += 4) transpose_4x4(to + k * width, width, buffer + k, CHUNK);
+      for (; k < n; ++k)
+        for (int i = 0; i < 4 && j + i < width; ++i) to[k * width + i] = buffer[i * CHUNK + k];
+    }
+  }
+}
+
+// --- the product
+
+// MR neighbouring rows inside a packed panel: p = panel + first row, stride = the panel's width.
+template <typename acc> struct PackedRows {
+  const acc* p;
+  int64_t stride;
+  __attribute__((always_inline)) acc operator()(int i, int64_t k) const { return p[k * stride + i]; }
+};
+
+// MR rows of row-major memory; repeat a pointer where rows run out.
+template <typename acc> struct RowPointers {
+  const acc* p[MR<acc>];
+  __attribute__((always_inline)) acc operator()(int i, int64_t k) const { return p[i][k]; }
+};
+
+template <typename acc, int V, typename A>
+__attribute__((noinline)) void tile_product_kernel(int64_t depth, A a, const acc* b, int64_t b_stride, acc* c,
+                                                   int64_t c_stride, bool accumulate) {
+  constexpr int L = LANES<acc>, M = MR<acc>;
+  vec_t<acc> sum[M][V];
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) sum[i][v] = accumulate ? load_vec(c + i * c_stride + v * L) : vec_t<acc>{};
+  for (int64_t k = 0; k < depth; ++k) {
+    vec_t<acc> column[V];
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) column[v] = load_vec(b + k * b_stride + v * L);
+#pragma GCC unroll 16
+    for (int i = 0; i < M; ++i) {
+      acc x = a(i, k);
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) sum[i][v] += column[v] * x;
+    }
+  }
+#pragma GCC unroll 16
+  for (int i = 0; i < M; ++i)
+#pragma GCC unroll 16
+    for (int v = 0; v < V; ++v) store_vec(c + i * c_stride + v * L, sum[i][v]);
+}
+
+// c[i, j] (+)= Σ_k a(i, k) b[k, j] for MR rows and `width` columns, a multiple of LANES and at most NR.
+template <typename acc, typename A>
+GRADCLUST_INLINE void tile_product(int64_t width, int64_t depth, const A& a, const acc* b, int64_t b_stride, acc* c,
+                                   int64_t c_stride, bool accumulate) {
+  constexpr int L = LANES<acc>;
+  if (NV >= 3 && width == 3 * L)
+    tile_product_kernel<acc, NV>(depth, a, b, b_stride, c, c_stride, accumulate);
+  else if (width == 2 * L)
+    tile_product_kernel<acc, 2>(depth, a, b, b_stride, c, c_stride, accumulate);
+  else
+    tile_product_kernel<acc, 1>(depth, a, b, b_stride, c, c_stride, accumulate);
+}
+
+}  // namespace
+}  // namespace gradclust::GRADCLUST_ISA
