@@ -7,6 +7,20 @@ from ._dispatch import backend, explain
 from ._native import build_info
 from .coverage import coverage
 from .recording import record
+from .sampling import StratifiedBatchSampler, with_indices
 from .sketching import Sketch
+from .strata import Strata
 
-__all__ = ["Sketch", "__version__", "backend", "build_info", "coverage", "explain", "ops", "record"]
+__all__ = [
+    "Sketch",
+    "Strata",
+    "StratifiedBatchSampler",
+    "__version__",
+    "backend",
+    "build_info",
+    "coverage",
+    "explain",
+    "ops",
+    "record",
+    "with_indices",
+]
