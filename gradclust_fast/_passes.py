@@ -208,7 +208,7 @@ def check_finite(what: str, values: Tensor, index: Tensor) -> None:
     finite = values.detach().isfinite()
     finite = finite.reshape(len(index), -1).all(1).cpu()
     if not finite.all():
-        bad = index[~finite].tolist()
+        bad = index[~finite].sort().values.tolist()
         shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
         raise ValueError(
             f"{what} of {len(bad)} example(s) is not finite: index {shown}; remove or repair these examples, or lower "
