@@ -74,8 +74,8 @@ LinearFactors linear(const LinearTuple& t) {
 using nogil = py::call_guard<py::gil_scoped_release>;
 
 void bind_linear(py::module_& m) {
-  m.def("grad_sqnorm_cpu", [](const LinearTuple& f, uintptr_t out, int threads) {
-    PICK(grad_sqnorm_cpu)(linear(f), pointer(out), threads);
+  m.def("grad_sqnorm_cpu", [](const LinearTuple& f, bool gram, uintptr_t out, int threads) {
+    PICK(grad_sqnorm_cpu)(linear(f), gram, pointer(out), threads);
   }, nogil());
 #if defined(GRADCLUST_HAVE_CUDA)
   m.def("grad_sqnorm_cuda", [](const LinearTuple& f, uintptr_t out, uintptr_t stream) {

@@ -5,8 +5,8 @@
 
 namespace gradclust {
 
-// out [B], float64 for float64 factors, else float32.
-GRADCLUST_CPU_LAUNCHER(grad_sqnorm_cpu, const LinearFactors& f, void* out, int threads)
+// out [B], float64 for float64 factors, else float32. For T > 1, gram chooses the Gram sum over the direct product.
+GRADCLUST_CPU_LAUNCHER(grad_sqnorm_cpu, const LinearFactors& f, bool gram, void* out, int threads)
 
 // T = 1 only. Returns an error text, or nullptr.
 const char* grad_sqnorm_cuda(const LinearFactors& f, void* out, void* stream);

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import importlib
 import importlib.util
+import os
 import platform
 from typing import Any
 
@@ -33,6 +34,23 @@ def _load() -> tuple[Any, str | None]:
 _C: Any
 _C, unavailable = _load()
 """The module and ``None``, or ``None`` and the reason."""
+
+
+_in_forked_child = False
+
+
+def _note_fork() -> None:
+    global _in_forked_child
+    _in_forked_child = True
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_note_fork)
+
+
+def num_threads() -> int:
+    """Threads for a C++ kernel: torch's setting of this thread; 1 in a forked child, where OpenMP's pool is gone."""
+    return 1 if _in_forked_child else torch.get_num_threads()
 
 
 def cpu_unavailable() -> str | None:

@@ -40,7 +40,7 @@ template <typename acc> constexpr int MR = LANES<acc>;  // 16 registers, and a p
 constexpr int NV = 2;
 #endif
 template <typename acc> constexpr int NR = NV * LANES<acc>;
-constexpr int64_t DEPTH = 128;
+constexpr int64_t DEPTH = 256;  // a panel's block takes 24 KB
 
 // One buffer per thread, kept between calls: fresh pages cost more than most kernels.
 struct Scratch {
@@ -85,6 +85,19 @@ template <> inline __attribute__((always_inline)) void convert<f16_t>(const f16_
 }
 #endif
 
+// One vector of accumulators from memory of the factors' type.
+template <typename in_t> GRADCLUST_INLINE vec_t<acc_t<in_t>> load_converted(const in_t* p) {
+  acc_t<in_t> buffer[LANES<acc_t<in_t>>];
+  convert(p, buffer, LANES<acc_t<in_t>>);
+  return load_vec(buffer);
+}
+template <> inline __attribute__((always_inline)) vec_t<float> load_converted<float>(const float* p) {
+  return load_vec(p);
+}
+template <> inline __attribute__((always_inline)) vec_t<double> load_converted<double>(const double* p) {
+  return load_vec(p);
+}
+
 // --- packing
 
 // One panel from [depth, columns] memory: dst[k * width + j] = src[k * stride + j], zero from `columns` on.
@@ -96,13 +109,18 @@ void pack_columns(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stri
   }
 }
 
-// 4 × 4 elements of [rows, depth] memory turned; 128-bit shuffles exist everywhere.
-GRADCLUST_INLINE void transpose_4x4(float* dst, int64_t width, const float* src, int64_t stride) {
+// 4 × 4 elements of [rows, depth] memory turned, shift[0..3] taken off each row; 128-bit shuffles exist everywhere.
+template <bool SHIFT>
+GRADCLUST_INLINE void transpose_4x4(float* dst, int64_t width, const float* src, int64_t stride, const float* shift) {
   typedef float vec __attribute__((vector_size(16)));
   typedef float loose __attribute__((vector_size(16), aligned(4), may_alias));
   typedef int mask __attribute__((vector_size(16)));
   vec a = *(const loose*)(src), b = *(const loose*)(src + stride), c = *(const loose*)(src + 2 * stride),
       d = *(const loose*)(src + 3 * stride);
+  if (SHIFT) {
+    vec off = *(const loose*)shift;
+    a -= off, b -= off, c -= off, d -= off;
+  }
   vec ab_low = __builtin_shuffle(a, b, mask{0, 4, 1, 5}), ab_high = __builtin_shuffle(a, b, mask{2, 6, 3, 7});
   vec cd_low = __builtin_shuffle(c, d, mask{0, 4, 1, 5}), cd_high = __builtin_shuffle(c, d, mask{2, 6, 3, 7});
   *(loose*)(dst) = __builtin_shuffle(ab_low, cd_low, mask{0, 1, 4, 5});
@@ -110,42 +128,50 @@ GRADCLUST_INLINE void transpose_4x4(float* dst, int64_t width, const float* src,
   *(loose*)(dst + 2 * width) = __builtin_shuffle(ab_high, cd_high, mask{0, 1, 4, 5});
   *(loose*)(dst + 3 * width) = __builtin_shuffle(ab_high, cd_high, mask{2, 3, 6, 7});
 }
-GRADCLUST_INLINE void transpose_4x4(double* dst, int64_t width, const double* src, int64_t stride) {
+template <bool SHIFT>
+GRADCLUST_INLINE void transpose_4x4(double* dst, int64_t width, const double* src, int64_t stride,
+                                    const double* shift) {
   for (int j = 0; j < 4; ++j)
-    for (int k = 0; k < 4; ++k) dst[k * width + j] = src[j * stride + k];
+    for (int k = 0; k < 4; ++k) dst[k * width + j] = src[j * stride + k] - (SHIFT ? shift[k] : 0);
 }
 
+// Up to four rows of one panel, from memory of the accumulator's type.
+template <typename acc>
+void pack_four_rows(acc* dst, int64_t width, const acc* src, int64_t stride, int64_t depth, int64_t rows,
+                    const acc* shift) {
+  int64_t k = 0;
+  if (rows == 4 && shift)
+    for (; k + 4 <= depth; k += 4) transpose_4x4<true>(dst + k * width, width, src + k, stride, shift + k);
+  else if (rows == 4)
+    for (; k + 4 <= depth; k += 4) transpose_4x4<false>(dst + k * width, width, src + k, stride, shift);
+  for (; k < depth; ++k)
+    for (int64_t i = 0; i < rows; ++i) dst[k * width + i] = src[i * stride + k] - (shift ? shift[k] : 0);
+}
+GRADCLUST_INLINE const float* as_accumulator(const float* p) { return p; }
+GRADCLUST_INLINE const double* as_accumulator(const double* p) { return p; }
+template <typename in_t> GRADCLUST_INLINE const acc_t<in_t>* as_accumulator(const in_t*) { return nullptr; }
+
 // One panel from [rows, depth] memory: dst[k * width + j] = src[j * stride + k] − shift[k], zero from `rows` on; shift
-// may be null. The rows pass through a small buffer, where half types convert and the shift is taken off.
+// may be null. Half types convert on the way, in a buffer of four rows.
 template <typename in_t>
 void pack_rows(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t rows,
                const acc_t<in_t>* shift = nullptr) {
   using acc = acc_t<in_t>;
-  constexpr int64_t CHUNK = 256;
-  acc buffer[4 * CHUNK];
-  for (int64_t j = 0; j < width; j += 2) {  // zero-fill what no block of four rows writes
-    if (j >= round_up(rows, 4))
-      for (int64_t k = 0; k < depth; ++k) dst[k * width + j] = dst[k * width + j + 1] = 0;
-  }
+  if (rows < width)
+    for (int64_t k = 0; k < depth; ++k)
+      for (int64_t j = rows; j < width; ++j) dst[k * width + j] = 0;
   for (int64_t j = 0; j < rows; j += 4) {
-    for (int64_t k0 = 0; k0 < depth; k0 += CHUNK) {
-      int64_t n = min_of(CHUNK, depth - k0);
-      for (int i = 0; i < 4; ++i) {
-        acc* row = buffer + i * CHUNK;
-        if (j + i >= rows) {
-          for (int64_t k = 0; k < n; ++k) row[k] = 0;
-          continue;
-        }
-        convert(src + (j + i) * stride + k0, row, n);
-        if (shift)
-          for (int64_t k = 0; k < n; ++k) row[k] -= shift[k0 + k];
-      }
-      acc* to = dst + k0 * width + j;
-      int64_t k = 0;
-      if (j + 4 <= width)
-        for (; k + 4 <= n; k += 4) transpose_4x4(to + k * width, width, buffer + k, CHUNK);
-      for (; k < n; ++k)
-        for (int i = 0; i < 4 && j + i < width; ++i) to[k * width + i] = buffer[i * CHUNK + k];
+    int64_t four = min_of(4, rows - j);
+    if (const acc* ready = as_accumulator(src)) {
+      pack_four_rows(dst + j, width, ready + j * stride, stride, depth, four, shift);
+      continue;
+    }
+    constexpr int64_t CHUNK = 256;
+    acc buffer[4 * CHUNK];
+    for (int64_t k = 0; k < depth; k += CHUNK) {
+      int64_t n = min_of(CHUNK, depth - k);
+      for (int64_t i = 0; i < four; ++i) convert(src + (j + i) * stride + k, buffer + i * CHUNK, n);
+      pack_four_rows(dst + k * width + j, width, buffer, CHUNK, n, four, shift ? shift + k : nullptr);
     }
   }
 }
@@ -202,6 +228,59 @@ GRADCLUST_INLINE void tile_product(int64_t width, int64_t depth, const A& a, con
     tile_product_kernel<acc, 2>(depth, a, b, b_stride, c, c_stride, accumulate);
   else
     tile_product_kernel<acc, 1>(depth, a, b, b_stride, c, c_stride, accumulate);
+}
+
+// A packed matrix [columns, depth]: panels one after the other, as `pack_rows` and `pack_columns` write them.
+template <typename acc> struct Packed {
+  const acc* data;
+  int64_t columns, depth;
+  int64_t padded() const { return round_up(columns, LANES<acc>); }
+  int64_t width(int64_t begin) const { return Panels<acc>{columns}.width(begin); }
+  // MR rows of the transposed matrix from depth k0 on; row is a multiple of MR.
+  PackedRows<acc> rows(int64_t row, int64_t k0) const {
+    int64_t begin = row / NR<acc> * NR<acc>, stride = width(begin);
+    return {data + begin * depth + k0 * stride + (row - begin), stride};
+  }
+};
+
+// All panels of src [rows, depth] (row-major) or, for columns, [depth, columns].
+template <typename in_t>
+Packed<acc_t<in_t>> pack_all_rows(acc_t<in_t>* dst, const in_t* src, int64_t stride, int64_t depth, int64_t rows,
+                                  const acc_t<in_t>* shift = nullptr) {
+  Packed<acc_t<in_t>> packed{dst, rows, depth};
+  for (int64_t j = 0; j < rows; j += NR<acc_t<in_t>>) {
+    int64_t width = packed.width(j);
+    pack_rows(dst + j * depth, width, src + j * stride, stride, depth, min_of(width, rows - j), shift);
+  }
+  return packed;
+}
+template <typename in_t>
+Packed<acc_t<in_t>> pack_all_columns(acc_t<in_t>* dst, const in_t* src, int64_t stride, int64_t depth, int64_t columns) {
+  Packed<acc_t<in_t>> packed{dst, columns, depth};
+  for (int64_t j = 0; j < columns; j += NR<acc_t<in_t>>) {
+    int64_t width = packed.width(j);
+    pack_columns(dst + j * depth, width, src + j, stride, depth, min_of(width, columns - j));
+  }
+  return packed;
+}
+
+// c [row_end − row_begin, width] = rows row_begin.. of `a` times the panel of `b` that begins at column `begin`, over
+// their common depth. row_begin is a multiple of MR; row_end is rounded up to one, so c must have room. With LOWER, for
+// the triangle of a product of a matrix with itself from the diagonal down (row_begin = begin), entries right of the
+// diagonal may be left unwritten.
+template <bool LOWER = false, typename acc>
+void strip_product(const Packed<acc>& a, int64_t row_begin, int64_t row_end, const Packed<acc>& b, int64_t begin,
+                   acc* c) {
+  int64_t width = b.width(begin), k0 = 0;
+  do {
+    int64_t n = min_of(DEPTH, b.depth - k0);
+    const acc* panel = b.data + begin * b.depth + k0 * width;
+    for (int64_t row = row_begin; row < row_end; row += MR<acc>) {
+      int64_t reach = LOWER ? min_of(width, round_up(row - row_begin + MR<acc>, LANES<acc>)) : width;
+      tile_product<acc>(reach, n, a.rows(row, k0), panel, width, c + (row - row_begin) * width, width, k0 > 0);
+    }
+    k0 += DEPTH;
+  } while (k0 < b.depth);
 }
 
 }  // namespace

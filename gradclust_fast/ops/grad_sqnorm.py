@@ -7,6 +7,7 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, as_rows, check_factors
+from ._linear import cpu_refuses, sequence_route
 
 
 def grad_sqnorm(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
@@ -52,18 +53,20 @@ _op = Op(
 
 
 def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
-    if act.device.type != "cpu":
-        return f"the C++ kernel needs CPU tensors, got {act.device}"
-    if act.shape[1:-1].numel() != 1:
-        return "the C++ kernel handles one position (T = 1)"
-    return _native.cpu_unavailable()
+    return cpu_refuses(act)
 
 
-@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "rank 1: ‖act‖²‖grad‖², one read of each")
+def _cpu_route(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str:
+    T, I, O = act.shape[1:-1].numel(), act.shape[-1], grad.shape[-1]
+    return "rank 1: ‖act‖²‖grad‖², one read of each" if T == 1 else sequence_route(T, I, O)[1]
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=_cpu_route)
 def grad_sqnorm_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     out = _fake(act, grad, bias)
     act, grad = as_rows(act), as_rows(grad)
-    _native._C.grad_sqnorm_cpu(_native.linear(act, grad, bias), out.data_ptr(), torch.get_num_threads())
+    gram, _ = sequence_route(act.shape[1], act.shape[2], grad.shape[2])
+    _native._C.grad_sqnorm_cpu(_native.linear(act, grad, bias), gram, out.data_ptr(), _native.num_threads())
     return out
 
 
