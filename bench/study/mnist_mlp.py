@@ -14,6 +14,7 @@ import csv
 import os
 import statistics
 import time
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -31,7 +32,7 @@ CRITERIA = {500: (0.14, 0.25), 1500: (0.10, 0.23), 3000: (0.07, 0.21)}
 
 def mlp(*widths: int) -> nn.Sequential:
     layers: list[nn.Module] = [nn.Flatten()]
-    for i, o in zip(widths, widths[1:]):
+    for i, o in pairwise(widths):
         layers += [nn.Linear(i, o), nn.ReLU()]
     return nn.Sequential(*layers[:-1])
 
