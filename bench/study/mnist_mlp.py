@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradclust_fast as gf
-from gradclust_fast.data import load_mnist
+from gradclust_fast.data import mnist
 
 STEPS = (500, 1500, 3000)
 BATCH = 128
@@ -136,8 +136,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path("bench/results/study"))
     options = parser.parse_args()
-    full = load_mnist(options.data)
-    dataset = torch.utils.data.TensorDataset(*(t[:10_000] for t in full.tensors))
+    dataset = mnist(data=options.data, limit=10_000)
     options.out.mkdir(parents=True, exist_ok=True)
     rows: list[dict] = []
     for seed in range(options.seeds):

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 import gradclust_fast as gf
 from bench.harness import summarise
 from bench.study.mnist_mlp import mlp, per_example_loss, write_csv
-from gradclust_fast.data import load_mnist
+from gradclust_fast.data import mnist
 
 BATCH = 256
 WARM_STEPS = 200
@@ -55,7 +55,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, default=Path("bench/results/study"))
     options = parser.parse_args()
-    dataset = torch.utils.data.TensorDataset(*(t[:10_000] for t in load_mnist(options.data).tensors))
+    dataset = mnist(data=options.data, limit=10_000)
     options.out.mkdir(parents=True, exist_ok=True)
     rows = []
     for widths in ((784, 1024, 1024, 10), (784, 128, 128, 10)):
