@@ -11,13 +11,12 @@ import csv
 import importlib
 import io
 import json
-import os
 import platform
 import re
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from types import ModuleType
@@ -27,6 +26,7 @@ import torch
 
 import gradclust_fast as gf
 from bench.harness import Case, Ceilings, Row, measure
+from gradclust_fast._files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
 COLUMNS = (
@@ -128,14 +128,6 @@ def print_record(record: dict[str, Any]) -> None:
     sys.stdout.flush()
 
 
-def write_atomically(path: Path, text: str) -> None:
-    """An interrupted run leaves the old file or the new one, never half of one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, encoding="utf-8")
-    os.replace(temporary, path)
-
-
 def as_csv(records: list[dict[str, Any]]) -> str:
     """One line for every pair of case and baseline."""
     text = io.StringIO()
@@ -220,14 +212,13 @@ def positive(text: str) -> float:
     return value
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="gradclust bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op (repeatable)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<device>")
     parser.add_argument("--seconds", type=positive, default=2.0, help="per case, all its baselines included")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-
-
-def main(arguments: argparse.Namespace) -> int:
+    arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     try:
@@ -238,6 +229,4 @@ def main(arguments: argparse.Namespace) -> int:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(prog="python -m bench.run", description=__doc__.splitlines()[0])
-    add_arguments(parser)
-    sys.exit(main(parser.parse_args()))
+    sys.exit(main())
