@@ -10,6 +10,7 @@ import argparse
 import csv
 import importlib
 import io
+import itertools
 import json
 import platform
 import re
@@ -169,15 +170,23 @@ class Results:
         write_atomically(self.csv, as_csv(self.records))
 
 
-def run(ops: list[str] | None, out: Path | None, seconds: float, device: str = "cpu") -> int:
-    """Measures and writes; returns the number of cases that failed."""
+def run(
+    ops: list[str] | None,
+    out: Path | None,
+    seconds: float,
+    device: str = "cpu",
+    *,
+    limit: int | None = None,
+    quick: bool = False,
+) -> int:
+    """Measures and writes; returns the number of cases that failed. ``limit`` keeps the first cases of each op."""
     unknown = sorted(set(ops or ()) - set(available_ops()))
     if unknown:
         raise SystemExit(f"--op: no benchmark for {', '.join(unknown)}; there are {', '.join(available_ops())}")
     results = Results(out or ROOT / "results" / device_name(device), device)
     stamp = {"threads": torch.get_num_threads(), "commit": commit(), "date": time.strftime("%Y-%m-%d")}
     print("\n".join(f"{key}: {value}" for key, value in machine(device).items()))
-    ceilings = Ceilings(device)
+    ceilings = Ceilings(device, megabytes=8, size=256) if quick else Ceilings(device)
     print(
         f"ceilings: copy {ceilings.copy_bandwidth() / 1e9:.1f} GB/s, read {ceilings.read_bandwidth() / 1e9:.1f} GB/s, "
         f"float32 matrix product {ceilings.gemm_rate() / 1e9:.0f} GFLOP/s\n\n"
@@ -188,7 +197,8 @@ def run(ops: list[str] | None, out: Path | None, seconds: float, device: str = "
     for op in ops or available_ops():
         label = ""
         try:
-            for case in cases_of(importlib.import_module(f"bench.kernels.bench_{op}"), device):
+            cases = cases_of(importlib.import_module(f"bench.kernels.bench_{op}"), device)
+            for case in itertools.islice(cases, limit):
                 label = case.label
                 try:
                     record = as_record(measure(case, seconds=seconds, device=device), ceilings)
@@ -218,11 +228,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<device>")
     parser.add_argument("--seconds", type=positive, default=2.0, help="per case, all its baselines included")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases of each op")
+    parser.add_argument("--quick", action="store_true", help="small ceilings: proves that all runs, measures nothing")
     arguments = parser.parse_args(argv)
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     try:
-        return 1 if run(arguments.op, arguments.out, arguments.seconds, arguments.device) else 0
+        options = {"limit": arguments.cases, "quick": arguments.quick}
+        return 1 if run(arguments.op, arguments.out, arguments.seconds, arguments.device, **options) else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the finished rows are kept", file=sys.stderr)
         return 130

@@ -1,0 +1,189 @@
+"""Everything that needs a GPU, in one offline command: build, tests, compute-sanitizer, benchmarks.
+
+    python bench/gpu_check.py            (or make gpu-check)
+
+Uses the torch, compiler and tools of the Python that runs it and installs nothing into it. Every stage is a process of
+its own with its own time limit, so one failure, crash or hang hides no other. Writes to ``$OUT`` (default
+``gpu-check-out/``): ``gpu-check.json``, ``gpu-check.log``, ``kernels.json``, ``kernels.csv``. Without a CUDA device it
+says so and goes through the same stages on the CPU, with the shortest timings.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+
+
+@dataclass
+class Stage:
+    name: str
+    outcome: str
+    """``"passed"``, ``"failed"``, ``"timed out"`` or ``"not run"``."""
+    seconds: float
+    note: str = ""
+
+
+class Check:
+    def __init__(self, out: Path, minutes: float, device: str) -> None:
+        self.out, self.device = out, device
+        self.deadline = time.monotonic() + 60 * minutes
+        self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
+        self.stages: list[Stage] = []
+        out.mkdir(parents=True, exist_ok=True)
+        self.log = (out / "gpu-check.log").open("w", encoding="utf-8")
+        path = os.pathsep.join([str(self.work / "site"), str(ROOT)])  # the installed package, then bench/
+        self.environment = {**os.environ, "PYTHONPATH": path, "GRADCLUST_TEST_DEVICE": device}
+
+    def left(self) -> float:
+        return self.deadline - time.monotonic()
+
+    def skip(self, name: str, note: str) -> None:
+        self.record(Stage(name, "not run", 0.0, note))
+
+    def record(self, stage: Stage) -> None:
+        self.stages.append(stage)
+        print(f"{stage.outcome:<10} {stage.seconds:6.1f} s  {stage.name}  {stage.note}", flush=True)
+        report = {"device": device_facts(), "stages": [asdict(each) for each in self.stages]}
+        (self.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def run(self, name: str, *command: object, limit: float, accept: tuple[int, ...] = (0,), **variables: str) -> bool:
+        """One stage. Its output goes to the log; its last telling line becomes the note."""
+        limit = min(limit, self.left())
+        if limit < 5:
+            self.skip(name, "no time left")
+            return False
+        text = [str(part) for part in command]
+        begin = time.monotonic()
+        # a process group of its own: a hung compiler or worker is ended with its parent
+        process = subprocess.Popen(
+            text, cwd=self.work, env=self.environment | variables, text=True, start_new_session=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )  # fmt: skip
+        try:
+            output, _ = process.communicate(timeout=limit)
+            outcome = "passed" if process.returncode in accept else "failed"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            output, _ = process.communicate()
+            outcome = "timed out"
+        seconds = time.monotonic() - begin
+        self.log.write(f"\n===== {name}: {' '.join(text)}\n{output}\n===== {outcome}, {seconds:.1f} s\n")
+        self.log.flush()
+        if outcome != "passed":
+            print("\n".join("    | " + line for line in output.splitlines()[-25:]), flush=True)
+        lines = [line.strip() for line in output.splitlines() if line.strip()]
+        self.record(Stage(name, outcome, seconds, lines[-1][:120] if lines else ""))
+        return outcome == "passed"
+
+
+def device_facts() -> dict[str, object]:
+    facts: dict[str, object] = {
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "python": sys.version.split()[0],
+    }
+    if torch.cuda.is_available():
+        properties = torch.cuda.get_device_properties(0)
+        facts |= {"gpu": properties.name, "capability": f"{properties.major}.{properties.minor}"}
+        facts |= {"multiprocessors": properties.multi_processor_count, "memory_gib": properties.total_memory / 2**30}
+    return facts
+
+
+def cuda_arguments() -> str:
+    """Only this GPU's architecture: the other one would double the build time."""
+    major, minor = torch.cuda.get_device_capability()
+    suffix = "a" if major >= 9 else ""
+    return f"-DCMAKE_CUDA_ARCHITECTURES={major}{minor}{suffix}-real"
+
+
+def build(check: Check) -> bool:
+    target = check.work / "site"
+    variables = {"CMAKE_ARGS": os.environ.get("CMAKE_ARGS", "")}
+    if check.device == "cuda" and not variables["CMAKE_ARGS"]:
+        variables["CMAKE_ARGS"] = cuda_arguments()
+    return check.run(
+        "build", sys.executable, "-m", "pip", "install", "--no-build-isolation", "--no-deps", "--no-index", "--target",
+        target, ROOT, limit=240, **variables,
+    )  # fmt: skip
+
+
+def pytest(*arguments: object) -> list[object]:
+    options = ["-q", "-p", "no:cacheprovider", "-c", ROOT / "pyproject.toml", "--rootdir", ROOT]
+    return [sys.executable, "-m", "pytest", *options, *arguments]
+
+
+def run_tests(check: Check) -> None:
+    """test_gpu.py one function a process: an illegal address in one kernel fails every later call of its process."""
+    file = ROOT / "tests" / "test_gpu.py"
+    functions = [
+        line.split("(")[0].removeprefix("def ")
+        for line in file.read_text().splitlines()
+        if line.startswith("def test_") and "every_op_is_covered" not in line
+    ]
+    for function in functions:
+        check.run(f"test_gpu.py::{function}", *pytest(f"{file}::{function}", "-x"), limit=90)
+    if check.device == "cuda":
+        arguments = [ROOT / "tests", "-m", "gpu", "--ignore", file]
+        check.run("gpu tests of other files", *pytest(*arguments), limit=90, accept=(0, 5))  # 5: there are none
+
+
+def run_sanitizer(check: Check) -> None:
+    sanitizer = shutil.which("compute-sanitizer")
+    if check.device != "cuda" or sanitizer is None:
+        check.skip("compute-sanitizer", "needs a GPU" if sanitizer else "compute-sanitizer is not on PATH")
+        return
+    tests = pytest(ROOT / "tests" / "test_gpu.py", "-k", "ragged or all-ones or sequence-gram or nan_stays")
+    check.run("compute-sanitizer memcheck", sanitizer, "--tool", "memcheck", "--error-exitcode", 9, *tests, limit=120)
+
+
+def run_benchmarks(check: Check) -> None:
+    """One process an op; the rows of all of them come together in kernels.json and kernels.csv."""
+    ops = sorted(path.stem.removeprefix("bench_") for path in (ROOT / "bench" / "kernels").glob("bench_*.py"))
+    for op in ops:
+        command = [sys.executable, "-m", "bench.run", "--op", op, "--out", check.out, "--device", check.device]
+        budget = ["--seconds", "0.5"] if check.device == "cuda" else ["--seconds", "0.01", "--cases", "1", "--quick"]
+        check.run(f"benchmark {op}", *command, *budget, limit=60)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "gpu-check-out")))
+    parser.add_argument("--minutes", type=float, default=7.5, help="stages that would begin later are not run")
+    arguments = parser.parse_args()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    check = Check(arguments.out.resolve(), arguments.minutes, device)
+    print(", ".join(f"{key} {value}" for key, value in device_facts().items()))
+    if device == "cpu":
+        print("no CUDA device: dry run (the same stages on CPU tensors, with the shortest timings)")
+    try:
+        if build(check):
+            code = "import gradclust_fast as gf; print(gf.build_info()); print(gf.__file__)"
+            check.run("import", sys.executable, "-c", code, limit=60)
+            run_tests(check)
+            run_sanitizer(check)
+            run_benchmarks(check)
+    finally:
+        check.log.close()
+        shutil.rmtree(check.work, ignore_errors=True)
+    bad = [stage.name for stage in check.stages if stage.outcome in ("failed", "timed out")]
+    skipped = sum(stage.outcome == "not run" for stage in check.stages)
+    what = "dry run, no CUDA device" if device == "cpu" else "GPU check"
+    print(f"{what}: {len(check.stages)} stages, {len(bad)} failed, {skipped} not run; written to {check.out}")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

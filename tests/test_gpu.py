@@ -1,0 +1,228 @@
+"""Every op on CUDA tensors against the reference on the CPU: the same grids, the same tolerances.
+
+Skipped without a CUDA device. ``GRADCLUST_TEST_DEVICE=cpu`` runs the same tests on CPU tensors, which proves the tests.
+"""
+
+from __future__ import annotations
+
+import os
+
+import conv_cases
+import pytest
+import torch
+from tolerances import ATOL, assert_close_to_oracle
+
+import gradclust_fast as gf
+from gradclust_fast._dispatch import BACKENDS, OPS
+
+DEVICE = os.environ.get("GRADCLUST_TEST_DEVICE", "cuda")
+needs_device = pytest.mark.skipif(
+    DEVICE == "cuda" and not torch.cuda.is_available(), reason="torch sees no CUDA device; run it on a GPU machine"
+)
+
+
+def on_device(test):
+    return pytest.mark.gpu(needs_device(test))
+
+
+K = 5
+LINEAR = [  # B, positions, I, O, why
+    pytest.param(0, (), 3, 2, id="empty-batch"),
+    pytest.param(1, (), 1, 1, id="all-ones"),
+    pytest.param(300, (), 65, 33, id="vector-many-warps"),
+    pytest.param(3, (0,), 4, 5, id="no-positions"),
+    pytest.param(4, (7,), 33, 17, id="sequence-gram"),
+    pytest.param(2, (67,), 5, 9, id="sequence-direct"),
+    pytest.param(2, (3, 50), 130, 66, id="several-tiles"),
+]
+POINTS = [  # N, R, K, why
+    pytest.param(0, 4, 2, id="no-points"),
+    pytest.param(1, 1, 1, id="all-ones"),
+    pytest.param(257, 33, 7, id="ragged"),
+    pytest.param(1000, 130, 64, id="several-tiles"),
+    pytest.param(5, 3, 9, id="more-clusters-than-points"),
+]
+
+
+def sides(I: int, O: int, dtype: torch.dtype, bias: bool) -> dict:
+    return {"left": torch.randn(O, 3).to(dtype), "right": torch.randn(I + bias, 4).to(dtype)}
+
+
+def centers(I: int, O: int, dtype: torch.dtype, bias: bool) -> dict:
+    return {"center_grad": torch.randn(K, O).to(dtype), "center_act": torch.randn(K, I + bias).to(dtype)}
+
+
+EXTRA = {  # what each quantity needs beyond act and grad
+    "sqnorm": lambda *_: {},
+    "gram": lambda *_: {},
+    "moments": lambda *_: {},
+    "sketch": sides,
+    "dot": centers,
+    "quantities": lambda *shape: {"sqnorm": True, **sides(*shape), **centers(*shape)},
+}
+
+
+def to(value, device=None, dtype=None):
+    """Tensors moved and, where floating, cast; everything else as it is."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return value.to(device=device, dtype=dtype if value.is_floating_point() else None)
+
+
+def outputs(result) -> list[torch.Tensor]:
+    return [result] if isinstance(result, torch.Tensor) else [each for each in result if each is not None]
+
+
+def runnable(name: str, args: tuple, kwargs: dict) -> list[str]:
+    """The backends that this op can be forced onto with these arguments."""
+    found = []
+    for backend in BACKENDS:
+        with gf.backend(backend):
+            if gf.explain(name, *args, **kwargs).backend is not None:
+                found.append(backend)
+    return found
+
+
+def check(name: str, args: tuple, kwargs: dict, dtype: torch.dtype) -> None:
+    """Every backend that runs on the device, and the automatic choice, against float64 on the CPU."""
+    op = getattr(gf.ops, name)
+    with gf.backend("reference"):
+        double = [to(each, dtype=torch.float64) for each in args]
+        oracle = outputs(op(*double, **{key: to(each, dtype=torch.float64) for key, each in kwargs.items()}))
+        eager = outputs(op(*args, **kwargs))
+    args = tuple(to(each, DEVICE) for each in args)
+    kwargs = {key: to(each, DEVICE) for key, each in kwargs.items()}
+    for backend in ["auto", *runnable(name, args, kwargs)]:
+        with gf.backend(backend):
+            found = outputs(op(*args, **kwargs))
+            again = outputs(op(*args, **kwargs))
+        for each, same, exact, rough in zip(found, again, oracle, eager, strict=True):
+            assert each.device.type == DEVICE
+            assert torch.equal(each.nan_to_num(), same.nan_to_num()), f"{backend}: two runs differ"
+            assert each.dtype == rough.dtype
+            assert_close_to_oracle(each, exact, rough, dtype)
+
+
+def test_every_op_is_covered_here():
+    linear = {f"grad_{what}" for what in EXTRA}
+    conv = {f"conv_{what}" for what in EXTRA}
+    points = {"assign", "assign_points", "cluster_sums", "exact_moves"}
+    assert set(gf.ops.__all__) <= linear | conv | points
+    assert set(gf.ops.__all__) == set(OPS)
+
+
+@on_device
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+@pytest.mark.parametrize("B, positions, I, O", LINEAR)
+@pytest.mark.parametrize("what", [what for what in EXTRA if f"grad_{what}" in OPS])
+def test_linear_ops(what, dtype, B, positions, I, O, bias):
+    act, grad = torch.randn(B, *positions, I).to(dtype), torch.randn(B, *positions, O).to(dtype)
+    check(f"grad_{what}", (act, grad), {"bias": bias, **EXTRA[what](I, O, dtype, bias)}, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("bias", [False, True], ids=["weight", "bias"])
+@pytest.mark.parametrize("case", conv_cases.GRID)
+@pytest.mark.parametrize("what", [what for what in EXTRA if f"conv_{what}" in OPS])
+def test_convolution_ops(what, case, bias):
+    act, grad = case.factors()
+    if 0 in act.shape[2:]:
+        pytest.skip("no positions")
+    geometry = {"groups": 1, **case.geometry}
+    size = geometry["kernel_size"]
+    taps = size ** len(case.size) if isinstance(size, int) else torch.Size(size).numel()
+    extra = EXTRA[what](case.C // geometry["groups"] * taps, case.O, torch.float32, bias)
+    check(f"conv_{what}", (act, grad), {"bias": bias, **geometry, **extra}, torch.float32)
+
+
+@on_device
+@pytest.mark.parametrize("N, R, clusters", POINTS)
+def test_cluster_sums(dtype, N, R, clusters):
+    points, labels = torch.randn(N, R).to(dtype), torch.randint(clusters, (N,))
+    check("cluster_sums", (points, labels, clusters), {}, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("counted", [False, True])
+@pytest.mark.parametrize("N, R, clusters", POINTS)
+@pytest.mark.parametrize("name", ["assign", "assign_points"])
+def test_assignments_reach_the_least_cost(name, dtype, N, R, clusters, counted):
+    points, centers = torch.randn(N, R).to(dtype), torch.randn(clusters, R).to(dtype)
+    counts = torch.randint(1, 20, (clusters,)) if counted else None
+    weight = counts.double() + 1 if counted else torch.ones(clusters, dtype=torch.float64)
+    costs = weight * (points.double()[:, None] - centers.double()).square().sum(2)  # [N, K]
+    args = (points, centers)
+    if name == "assign":
+        args = (points.float() @ centers.float().T, centers.float().square().sum(1), points.float().square().sum(1))
+    args = tuple(to(each, DEVICE) for each in (*args, counts))
+    # the three terms of a squared distance cancel: the allowance is relative to their size, not to the cost
+    scale = weight.max() * (points.double().square().sum() + centers.double().square().sum() + 1)
+    for backend in ["auto", *runnable(name, args, {})]:
+        with gf.backend(backend):
+            label, cost = getattr(gf.ops, name)(*args)
+        if N == 0:
+            assert label.shape == cost.shape == (0,)
+            continue
+        reached = costs.gather(1, label.cpu()[:, None]).squeeze(1)
+        assert (reached - costs.min(1).values).max() <= ATOL[torch.float32] * scale
+        assert (cost.double().cpu() - reached).abs().max() <= ATOL[torch.float32] * scale
+
+
+@on_device
+@pytest.mark.parametrize("N, R, clusters", POINTS)
+def test_exact_moves_take_the_same_decisions_as_on_the_cpu(N, R, clusters):
+    points, labels = torch.randn(N, R), torch.randint(clusters, (N,))
+    with gf.backend("reference"):
+        expected = gf.ops.exact_moves(points, labels, clusters, seed=3)
+    args = (points.to(DEVICE), labels.to(DEVICE), clusters, 3)
+    for backend in ["auto", *runnable("exact_moves", args, {})]:
+        with gf.backend(backend):
+            found = gf.ops.exact_moves(*args)
+        assert torch.equal(found[0].cpu(), expected[0])
+        torch.testing.assert_close(found[2].cpu(), expected[2], rtol=1e-9, atol=1e-9)
+
+
+@on_device
+def test_nan_stays_in_its_own_row_on_every_backend():
+    act, grad = torch.randn(70, 33, device=DEVICE), torch.randn(70, 17, device=DEVICE)
+    clean = gf.ops.grad_sqnorm(act, grad)
+    act[3, 5] = float("nan")
+    for backend in runnable("grad_sqnorm", (act, grad), {}):
+        with gf.backend(backend):
+            out = gf.ops.grad_sqnorm(act, grad)
+        rest = torch.arange(70) != 3
+        assert out[3].isnan()
+        torch.testing.assert_close(out[rest], clean[rest], rtol=1e-5, atol=0)
+
+
+@on_device
+def test_kernels_run_on_the_current_stream():
+    if DEVICE != "cuda":
+        pytest.skip("streams are CUDA's")
+    stream = torch.cuda.Stream()
+    act, grad = torch.zeros(4096, 1024, device=DEVICE), torch.zeros(4096, 1024, device=DEVICE)
+    torch.cuda.synchronize()
+    with torch.cuda.stream(stream):
+        torch.cuda._sleep(20_000_000)  # the fills below are still waiting when the op is queued
+        act.fill_(1)
+        grad.fill_(2)
+        out = gf.ops.grad_sqnorm(act, grad)
+    stream.synchronize()
+    assert torch.equal(out, torch.full_like(out, 1024 * 4096.0))
+
+
+@on_device
+def test_recording_gives_the_rows_of_the_cpu():
+    model = torch.nn.Sequential(
+        torch.nn.Conv2d(1, 4, 3, padding=1), torch.nn.ReLU(), torch.nn.Flatten(), torch.nn.Linear(4 * 36, 10)
+    ).double()
+    x, y = torch.randn(9, 1, 6, 6).double(), torch.randint(10, (9,))
+
+    def rows(device):
+        copy = model.to(device)
+        with gf.record(copy, sketch=gf.Sketch(dim=32, seed=1)) as rec:
+            torch.nn.functional.cross_entropy(copy(x.to(device)), y.to(device)).backward()
+        return rec.sq_norms.cpu(), rec.sketches.cpu()
+
+    for found, expected in zip(rows(DEVICE), rows("cpu")):
+        torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
