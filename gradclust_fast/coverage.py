@@ -57,9 +57,10 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
     Example:
         >>> print(gf.coverage(torch.nn.Linear(4, 2)))  # doctest: +SKIP
     """
+    states = split(model, parameters)
     coupled = [name for name, module in model.named_modules() if _couples_batch(module)]
     rows = Coverage()
-    for entry, state in split(model, parameters):
+    for entry, state in states:
         notes = []
         if state != "recorded":
             rows.append(CoverageRow(entry.name, kind(entry), state, "", ""))

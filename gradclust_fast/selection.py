@@ -109,6 +109,9 @@ def select(model: nn.Module, parameters: Parameters) -> list[Named]:
         raise ValueError(
             "model has no trainable parameter to record; unfreeze some with requires_grad_(True) or widen parameters="
         )
+    lazy = [entry.name for entry in chosen if nn.parameter.is_lazy(entry.parameter)]
+    if lazy:
+        raise ValueError(f"{', '.join(lazy)} has no shape yet; run one forward before recording")
     lost = [entry for entry in chosen if None in entry.calls()]
     if lost:
         shown = "; ".join(f"{entry.name} ({kind(entry)})" for entry in lost)

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,21 +18,12 @@ from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._dispatch import backend, current_backend
+from ._graphs import BACKWARDS, check_graph, engine_arguments, keeps_graph, started_from
+from ._uses import Entries, Entry, Use, autocast_input, differentiable, find, gradient_edge
 from .layers import ROUTES, BatchLayout, Call, Factors
-from .selection import Named, Parameters, select
+from .selection import Parameters, select
 
 _watched: dict[int, str] = {}  # id of every parameter that some open watch watches, and its name
-
-
-class _Entry:
-    """A watched parameter."""
-
-    __slots__ = ("hidden", "live", "name", "parameter", "shape")
-
-    def __init__(self, named: Named) -> None:
-        self.name, self.parameter = named.name, named.parameter
-        self.live = 0  # uses whose gradient may still come
-        self.hidden = 0  # uses without grad mode: a reentrant checkpoint repeats them in backward
 
 
 class Backward:
@@ -50,50 +41,6 @@ class Backward:
         self.state: Any = None  # the consumer's
 
 
-class _Use:
-    """One routed call. The hook on the graph's node owns it, so it lives as long as its gradient may come."""
-
-    __slots__ = ("__weakref__", "call", "entries", "handle", "index", "root", "shape", "spent", "version", "watch")
-
-    def __init__(
-        self, watch: Watch, call: Call, entries: dict[str, _Entry], index: int, shape: torch.Size, root: int | None
-    ) -> None:
-        self.watch, self.call, self.entries, self.index, self.shape = watch, call, entries, index, shape
-        self.root = root  # the backward that recomputed this call, or None for an ordinary forward
-        self.version = _version(call.held)
-        self.spent = False
-        self.handle: Any = None
-        for entry in entries.values():
-            entry.live += 1
-
-    def spend(self) -> None:
-        """No gradient can come any more: the activation may go, even where a loss keeps the graph alive."""
-        if not self.spent:
-            self.spent = True
-            self.call.held = None
-            for entry in self.entries.values():
-                entry.live -= 1
-
-    def __del__(self) -> None:
-        self.spend()
-
-    def fire(self, grads: tuple[torch.Tensor | None, ...]) -> None:
-        with torch._C.DisableTorchFunction():
-            if torch.is_grad_enabled():
-                raise NotImplementedError(
-                    f"{self.names()}: create_graph=True inside a record: a gradient of a gradient has no per-example "
-                    f"route. Compute this term outside of the record"
-                )
-            self.watch._fired(self, grads[self.index])
-
-    def names(self) -> str:
-        return ", ".join(entry.name for entry in self.entries.values())
-
-
-def _version(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None or tensor.is_inference() else tensor._version
-
-
 class _Mode(TorchFunctionMode):
     def __init__(self, watch: Watch) -> None:
         super().__init__()
@@ -101,26 +48,13 @@ class _Mode(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        used = _find(args, self.watch._entries)
+        watch = self.watch
+        if func in BACKWARDS:
+            return watch._backward_call(func, args, kwargs)
+        used = find(args, watch._entries)
         if kwargs:
-            used += _find(kwargs.values(), self.watch._entries)
-        if used:
-            return self.watch._used(func, args, kwargs, used)
-        if func is torch.Tensor.backward:
-            return self.watch._tensor_backward(*args, **kwargs)
-        return func(*args, **kwargs)
-
-
-def _find(args: Iterable[Any], entries: dict[int, _Entry]) -> list[_Entry]:
-    """The watched parameters among a call's arguments, lists included."""
-    found: list[_Entry] = []
-    for arg in args:
-        entry = entries.get(id(arg))
-        if entry is not None:
-            found.append(entry)
-        elif isinstance(arg, (list, tuple)):
-            found += _find(arg, entries)
-    return found
+            used += find(kwargs.values(), watch._entries)
+        return watch._used(func, args, kwargs, used) if used else func(*args, **kwargs)
 
 
 class Watch:
@@ -159,7 +93,7 @@ class Watch:
         self.model, self._consumer, self._parameters = model, consume, parameters
         self._layout = BatchLayout(batch_dim, batch_size)
         self.backwards = 0
-        self._entries: dict[int, _Entry] = {}
+        self._entries: Entries = {}
         self._state = "new"
 
     # --- what a subclass may add to --------------------------------------------------------------------------------
@@ -189,10 +123,10 @@ class Watch:
                 f"for everything at once"
             )
         self.names = [named.name for named in chosen]
-        self._entries = {id(named.parameter): _Entry(named) for named in chosen}
+        self._entries = {id(named.parameter): Entry(named) for named in chosen}
         self._backend, self._threads = current_backend(), torch.get_num_threads()
-        self._uses: weakref.WeakSet[_Use] = weakref.WeakSet()
-        self._edges: list[tuple[_Use, GradientEdge]] = []
+        self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
+        self._edges: list[tuple[Use, GradientEdge]] = []
         self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
         self._runs: dict[int, Backward] = {}  # by graph task; a nested backward belongs to the one that started it
         self._roots: dict[int, int] = {}
@@ -244,14 +178,12 @@ class Watch:
 
     # --- forward ---------------------------------------------------------------------------------------------------
 
-    def _used(self, func: Any, args: tuple, kwargs: dict, used: list[_Entry]) -> Any:
+    def _used(self, func: Any, args: tuple, kwargs: dict, used: list[Entry]) -> Any:
         route = ROUTES.get(func)
         if route is None:
             out = func(*args, **kwargs)
-            # x[i] = parameter returns None and changes x
-            if _differentiable(out, self._entries) or (
-                out is None and args and _differentiable(args[0], self._entries)
-            ):
+            changed = args[0] if func is torch.Tensor.__setitem__ else out
+            if differentiable(changed, self._entries):
                 self._refuse(func, used, "has no per-example route")
             return out
         call = route(*args, **kwargs)
@@ -260,11 +192,8 @@ class Watch:
             for role, parameter in call.parameters.items()
             if parameter is not None and id(parameter) in self._entries
         }
-        if call.held is not None and torch.is_grad_enabled():
-            cast = _autocast(call.held)
-            if cast is not call.held:  # what autocast would do: now both it and the use hold the same memory
-                args, kwargs = _replace(call.held, cast, args, kwargs)
-                call.held = cast
+        if torch.is_grad_enabled():
+            args, kwargs = autocast_input(call, args, kwargs)
         first = torch._C._autograd._get_sequence_nr()
         out = func(*args, **kwargs)
         if not out.requires_grad:
@@ -274,30 +203,24 @@ class Watch:
         if len(entries) != len(used):
             self._refuse(func, used, "is used as the input of a layer, which has no per-example route")
         self._spans.update(range(first, torch._C._autograd._get_sequence_nr()))
-        self._watch_output(call, entries, out)
+        self._wait_for(call, entries, out)
         return out
 
-    def _watch_output(self, call: Call, entries: dict[str, _Entry], out: torch.Tensor) -> None:
-        call.held = None if call.light.issuperset(entries) or call.held is None else call.held.detach()
+    def _wait_for(self, call: Call, entries: dict[str, Entry], out: torch.Tensor) -> None:
+        call.held = None if call.held is None or call.light.issuperset(entries) else call.held.detach()
         task, root = torch._C._current_graph_task_id(), None
         if task != -1:  # a checkpoint recomputes: whatever comes of it belongs to the backward that is running
             root = self._roots.get(task, task)
-            if self._plan is None:
-                self._open_run(root)
+            self._open_run(root)
             for entry in entries.values():
                 entry.hidden = max(0, entry.hidden - 1)
-        # A view (a linear layer's output with position dimensions) loses its own node when it is modified in place;
-        # its base keeps the node that the gradient passes through in every case.
-        source = out._base if out._is_view() and out._base is not None and _same_order(out, out._base) else out
-        node = source.grad_fn
-        assert node is not None
-        use = _Use(self, call, entries, source.output_nr, out.shape, root)
-        use.handle = node.register_prehook(use.fire)
+        edge = gradient_edge(out)
+        use = Use(call, entries, edge, out.shape, root, self._fired)
         self._uses.add(use)
         if self._keeps_edges:
-            self._edges.append((use, GradientEdge(node, source.output_nr)))
+            self._edges.append((use, edge))
 
-    def _refuse(self, func: Any, used: list[_Entry], why: str) -> None:
+    def _refuse(self, func: Any, used: list[Entry], why: str) -> None:
         names = ", ".join(dict.fromkeys(entry.name for entry in used))
         raise NotImplementedError(
             f"{names} {why}: {resolve_name(func) or getattr(func, '__name__', func)} uses it in a differentiable way. "
@@ -322,7 +245,7 @@ class Watch:
                 f"losses must be per-example losses [B] with a graph, got shape {list(losses.shape)} and "
                 f"requires_grad={losses.requires_grad}; use reduction='none' and compute them inside the watch"
             )
-        self._check_graph(losses)
+        check_graph((losses,), self._entries, self._spans)
         edges, self._edges = [(use, edge) for use, edge in self._edges if not use.spent], []
         if not edges:
             raise RuntimeError("no watched layer was called since the last backward; compute losses inside the watch")
@@ -343,30 +266,17 @@ class Watch:
             )
         self._close_run(run)
 
-    def _tensor_backward(self, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> None:
-        self._check_graph(tensor)
-        with self._mode:  # so that calls which a checkpoint repeats in backward are seen
-            _autograd_backward(tensor, *args, **kwargs)
-
-    def _check_graph(self, tensor: torch.Tensor) -> None:
-        """Every edge into a watched parameter must come from a node that a routed call made."""
-        stack, seen = [tensor.grad_fn], set()
-        while stack:
-            node = stack.pop()
-            if node is None or node in seen:
-                continue
-            seen.add(node)
-            for child, _ in node.next_functions:
-                if type(child).__name__ != "AccumulateGrad":
-                    stack.append(child)
-                    continue
-                entry = self._entries.get(id(child.variable))  # type: ignore[union-attr]
-                if entry is not None and node._sequence_nr() not in self._spans:
-                    raise NotImplementedError(
-                        f"{entry.name} was used by {node.name()} in a way that the record did not see (a custom "
-                        f"autograd.Function, a forward outside of the record, a gradient of a gradient). Leave it "
-                        f"out with parameters=, or call the parameter through its layer inside the record"
-                    )
+    def _backward_call(self, func: Any, args: tuple, kwargs: dict) -> Any:
+        tensors = started_from(func, args, kwargs)
+        check_graph(tensors, self._entries, self._spans)
+        if func is not torch.autograd.grad and any(entry.hidden for entry in self._entries.values()):
+            call = engine_arguments(tensors, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
+            if call is not None:
+                engine = torch.autograd.Variable._execution_engine
+                with self._mode:  # a torch function runs without the mode, which must see what a checkpoint repeats
+                    engine.run_backward(*call, allow_unreachable=True, accumulate_grad=True)
+                return None
+        return func(*args, **kwargs)
 
     def _open_run(self, root: int) -> Backward:
         run = self._runs.get(root)
@@ -376,7 +286,7 @@ class Watch:
             self._begun(run)
         return run
 
-    def _run_of(self, use: _Use) -> Backward:
+    def _run_of(self, use: Use) -> Backward:
         if self._plan is not None:
             return self._plan
         task = torch._C._current_graph_task_id()
@@ -384,28 +294,28 @@ class Watch:
             self._roots[task] = use.root
         return self._open_run(self._roots.get(task, task))
 
-    def _fired(self, use: _Use, grad: torch.Tensor | None) -> None:
+    def _fired(self, use: Use, grad: torch.Tensor | None) -> None:
         if self._state != "open":
             return
+        if torch._C._current_graph_task_id() != -1 and torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{use.names()}: create_graph=True inside a record: a gradient of a gradient has no per-example "
+                f"route. Compute this term outside of the record"
+            )
         run = self._run_of(use)
         if grad is None:
             run.blank.update(entry.name for entry in use.entries.values())
             return
-        held = use.call.held
-        if held is not None and use.version is not None and held._version != use.version:
-            raise RuntimeError(
-                f"{use.names()}: the layer's input was modified in place between forward and backward (version "
-                f"{held._version}, expected {use.version}); use an out-of-place operation after this layer's input"
-            )
+        use.check_version()
         with self._quiet(grad.device.type):
             grad = grad.detach().reshape(use.shape)
             made = {role: self._factors(run, use, role, grad) for role in use.entries}
-            if not _keeps_graph():
+            if not keeps_graph():
                 use.spend()
             for role, entry in use.entries.items():
                 self._take(run, entry, made[role], use.spent)
 
-    def _factors(self, run: Backward, use: _Use, role: str, grad: torch.Tensor) -> Factors:
+    def _factors(self, run: Backward, use: Use, role: str, grad: torch.Tensor) -> Factors:
         name = use.entries[role].name
         try:
             factors = use.call.factors(role, grad, self._layout)
@@ -424,7 +334,7 @@ class Watch:
             run.B, run.leader = expected, leader
         return factors
 
-    def _take(self, run: Backward, entry: _Entry, factors: Factors, spent: bool) -> None:
+    def _take(self, run: Backward, entry: Entry, factors: Factors, spent: bool) -> None:
         if entry.name in run.consumed:
             raise RuntimeError(
                 f"{entry.name}: a use was recomputed after the parameter's per-example gradients were complete; "
@@ -443,7 +353,7 @@ class Watch:
         run.consumed.add(name)
         self._consume(run, name, parts[0])
 
-    def _arrived(self, entry: _Entry, grad: torch.Tensor | None) -> None:
+    def _arrived(self, entry: Entry, grad: torch.Tensor | None) -> None:
         if grad is None:
             return
         task = torch._C._current_graph_task_id()
@@ -492,45 +402,3 @@ class Watch:
             finally:
                 if threads != self._threads:
                     torch.set_num_threads(threads)
-
-
-def _differentiable(out: Any, entries: dict[int, _Entry]) -> bool:
-    if isinstance(out, torch.Tensor):
-        return out.requires_grad and out.grad_fn is not None and id(out) not in entries
-    return isinstance(out, (list, tuple)) and any(_differentiable(item, entries) for item in out)
-
-
-def _same_order(view: torch.Tensor, base: torch.Tensor) -> bool:
-    return view.numel() == base.numel() and view.is_contiguous() and base.is_contiguous()
-
-
-def _autocast(tensor: torch.Tensor) -> torch.Tensor:
-    """The cast that autocast makes of a layer's input; a leaf stays, since autocast caches its cast."""
-    device = tensor.device.type
-    if not torch.is_autocast_enabled(device) or tensor.dtype == torch.float64 or not tensor.is_floating_point():
-        return tensor
-    return tensor if tensor.is_leaf and tensor.requires_grad else tensor.to(torch.get_autocast_dtype(device))
-
-
-def _replace(old: Any, new: Any, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
-    args = tuple(new if arg is old else arg for arg in args)
-    return args, {key: new if value is old else value for key, value in kwargs.items()}
-
-
-def _autograd_backward(
-    tensor: torch.Tensor,
-    gradient: torch.Tensor | None = None,
-    retain_graph: bool | None = None,
-    create_graph: bool = False,
-    inputs: Any = None,
-) -> None:
-    """What ``Tensor.backward`` does, without passing through torch functions again."""
-    torch.autograd.backward(tensor, gradient, retain_graph, create_graph, inputs=inputs)
-
-
-def _keeps_graph() -> bool:
-    """Whether the running backward keeps its graph; outside of one, or where torch cannot tell, as the case demands."""
-    if torch._C._current_graph_task_id() == -1:
-        return False
-    tell = getattr(torch._C._autograd, "_get_current_graph_task_keep_graph", None)
-    return True if tell is None else tell()
