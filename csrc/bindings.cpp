@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "grad_quantities.h"
 #include "grad_sqnorm.h"
 
 namespace py = pybind11;
@@ -76,6 +77,12 @@ using nogil = py::call_guard<py::gil_scoped_release>;
 void bind_linear(py::module_& m) {
   m.def("grad_sqnorm_cpu", [](const LinearTuple& f, bool gram, uintptr_t out, int threads) {
     PICK(grad_sqnorm_cpu)(linear(f), gram, pointer(out), threads);
+  }, nogil());
+  // questions: (sqnorm, gram, sketch, left, right, P, Q, dot, center_grad, center_act, K, rank)
+  m.def("grad_quantities_cpu", [](const LinearTuple& f, const std::array<int64_t, 12>& q, int threads) {
+    auto at = [&](int i) { return pointer(uintptr_t(q[size_t(i)])); };
+    Questions questions{at(0), q[1] != 0, at(2), at(3), at(4), q[5], q[6], at(7), at(8), at(9), q[10], q[11]};
+    PICK(grad_quantities_cpu)(linear(f), questions, threads);
   }, nogil());
 #if defined(GRADCLUST_HAVE_CUDA)
   m.def("grad_sqnorm_cuda", [](const LinearTuple& f, uintptr_t out, uintptr_t stream) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
+from ._checks import accumulator, as_rows
 
 
 def cpu_refuses(act: torch.Tensor) -> str | None:
@@ -23,3 +24,31 @@ def sequence_route(T: int, I: int, O: int) -> tuple[bool, str]:
     gram, direct = T * (T + 16) * (I + O), 2 * T * I * O
     name = "centred Gram sum over the lower triangle" if gram < direct else "direct product, tile by tile"
     return gram < direct, f"{name}: {gram:.3g} FLOPs an example as Gram sum, {direct:.3g} direct"
+
+
+def quantities_cpu(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    bias: bool,
+    *,
+    sqnorm: torch.Tensor | None = None,
+    sketch: torch.Tensor | None = None,
+    left: torch.Tensor | None = None,
+    right: torch.Tensor | None = None,
+    dot: torch.Tensor | None = None,
+    center_grad: torch.Tensor | None = None,
+    center_act: torch.Tensor | None = None,
+) -> None:
+    """Fills the outputs that are given: sqnorm [B], sketch [B, P, Q], dot [B, K]."""
+    act, grad = as_rows(act), as_rows(grad)
+    dtype = accumulator(act.dtype)
+    sides = [None if side is None else side.to(dtype).contiguous() for side in (left, right, center_grad, center_act)]
+    address = [0 if tensor is None else tensor.data_ptr() for tensor in (sqnorm, sketch, dot, *sides)]
+    P, Q = (0, 0) if sketch is None else sketch.shape[1:]
+    K = 0 if dot is None else dot.shape[1]
+    rank = center_grad.shape[1] if center_grad is not None and center_grad.dim() == 3 else 1
+    gram, _ = sequence_route(act.shape[1], act.shape[2], grad.shape[2])
+    questions = (
+        address[0], int(gram), address[1], address[3], address[4], P, Q, address[2], address[5], address[6], K, rank,
+    )  # fmt: skip
+    _native._C.grad_quantities_cpu(_native.linear(act, grad, bias), questions, _native.num_threads())

@@ -7,6 +7,7 @@ import torch
 from .. import reference
 from .._dispatch import Op
 from ._checks import accumulator, check_centers, check_factors
+from ._linear import cpu_refuses, quantities_cpu
 
 
 def grad_dot(
@@ -65,3 +66,18 @@ _op = Op(
     fake=_fake,
     reference=reference.grad_dot.grad_dot,
 )
+
+
+def _cpu_refuses(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> str | None:
+    return cpu_refuses(act)
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "both products in one tile, multiplied and summed over T")
+def grad_dot_cpu(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> torch.Tensor:
+    out = _fake(act, grad, center_grad, center_act, bias)
+    quantities_cpu(act, grad, bias, dot=out, center_grad=center_grad, center_act=center_act)
+    return out

@@ -9,6 +9,7 @@ import torch
 from .. import reference
 from .._dispatch import Op
 from ._checks import accumulator, check_centers, check_factors, check_sides, in_features
+from ._linear import cpu_refuses, quantities_cpu, sequence_route
 
 
 class Quantities(NamedTuple):
@@ -116,3 +117,52 @@ _op = Op(
     fake=_fake,
     reference=reference.grad_quantities.grad_quantities,
 )
+
+
+def _cpu_refuses(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> str | None:
+    return cpu_refuses(act)
+
+
+def _cpu_route(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> str:
+    T = act.shape[1:-1].numel()
+    route = "a block of rows meets all projections and centres at once"
+    if sqnorm and T > 1:
+        route += f"; norms: {sequence_route(T, act.shape[-1], grad.shape[-1])[1]}"
+    return route
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=_cpu_route)
+def grad_quantities_cpu(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> list[torch.Tensor]:
+    out = _fake(act, grad, sqnorm, left, right, center_grad, center_act, bias)
+    names = ["sqnorm"] * sqnorm + ["sketch"] * (left is not None or right is not None)
+    names += ["dot"] * (center_grad is not None)
+    aux = {"left": left, "right": right, "center_grad": center_grad, "center_act": center_act}
+    quantities_cpu(act, grad, bias, **dict(zip(names, out)), **aux)
+    return out

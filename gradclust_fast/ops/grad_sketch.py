@@ -7,6 +7,7 @@ import torch
 from .. import reference
 from .._dispatch import Op
 from ._checks import accumulator, check_factors, check_sides, in_features
+from ._linear import cpu_refuses, quantities_cpu
 
 
 def grad_sketch(
@@ -63,3 +64,18 @@ _op = Op(
     fake=_fake,
     reference=reference.grad_sketch.grad_sketch,
 )
+
+
+def _cpu_refuses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> str | None:
+    return cpu_refuses(act)
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "both projections of a block of rows, multiplied in cache")
+def grad_sketch_cpu(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> torch.Tensor:
+    out = _fake(act, grad, left, right, bias)
+    quantities_cpu(act, grad, bias, sketch=out, left=left, right=right)
+    return out
