@@ -7,22 +7,29 @@ from ._dispatch import backend, explain
 from ._native import build_info
 from .clustering import GradientClustering, cluster_points
 from .coverage import coverage
+from .estimators import SVRG, Stratified, Uniform
 from .recording import record
 from .sampling import StratifiedBatchSampler, with_indices
 from .sketching import Sketch
 from .strata import Strata
+from .variance import compare_estimators, gradient_stats
 
 __all__ = [
+    "SVRG",
     "GradientClustering",
     "Sketch",
     "Strata",
+    "Stratified",
     "StratifiedBatchSampler",
+    "Uniform",
     "__version__",
     "backend",
     "build_info",
     "cluster_points",
+    "compare_estimators",
     "coverage",
     "explain",
+    "gradient_stats",
     "ops",
     "record",
     "with_indices",

@@ -136,13 +136,23 @@ class FixedSize:
         terms, factor, turn = self._spectrum()
         return (((1 / factor) @ (terms * turn)).real) * self.coin / terms.real.sum()
 
-    def joint(self) -> np.ndarray:
-        """[M, M] probability that both units are drawn; π_k on the diagonal."""
+    def covariance(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Covariance of the indicators "unit k is drawn" as ``diag(own) + basis @ diag(weight) @ basis.T``.
+
+        Returns:
+            own [M], weight [r], basis [M, r]; the rank r, about five, hardly grows with M.
+        """
         terms, factor, turn = self._spectrum()
-        unit = self.coin[:, None] / factor
-        out = ((unit * (terms * turn**2)) @ unit.T).real / terms.real.sum()
-        np.fill_diagonal(out, self.inclusion)
-        return out
+        # Joint probabilities off the diagonal are Re Σ_θ term e^{2iθ} unit_k unit_l.
+        unit = self.coin[:, None] / factor * np.sqrt(terms * turn**2 / terms.real.sum())  # [M, H]
+        span = np.concatenate([unit.real, unit.imag, self.inclusion[:, None]], 1)
+        H = unit.shape[1]
+        Q, R = np.linalg.qr(span)
+        weight, vectors = np.linalg.eigh((R * np.concatenate([np.ones(H), -np.ones(H + 1)])) @ R.T)
+        keep = np.abs(weight) > 1e-12 * np.abs(weight).max()
+        weight, basis = weight[keep], Q @ vectors[:, keep]
+        own = self.inclusion * (1 - self.inclusion) - (basis**2 @ weight)
+        return own, weight, basis
 
     def draw(self, rng: np.random.Generator) -> np.ndarray:
         """Indices of the n drawn units, ascending."""
@@ -198,16 +208,13 @@ class Plan:
         """[B] data-set indices of one batch, ordered by stratum."""
         if self.take is None:
             chosen = np.sort(np.concatenate([self.certain, self.chance[self.design.draw(rng)]]))
-            position = _below(rng, self.counts[chosen])
+            position = uniform_below(rng, self.counts[chosen])
             return self.order[self.start[chosen] + position]
         stratum = np.repeat(np.arange(len(self.take)), self.take)  # [B]
-        position = _below(rng, self.counts[stratum]) if self.replacement else _distinct(rng, self.counts, self.take)
+        position = (
+            uniform_below(rng, self.counts[stratum]) if self.replacement else _distinct(rng, self.counts, self.take)
+        )
         return self.order[self.start[stratum] + position]
-
-    def selection_covariance(self) -> np.ndarray:
-        """[M, M] covariance of the indicators "stratum k is in the batch", for the M strata of ``chance``."""
-        p = self.design.inclusion
-        return self.design.joint() - p[:, None] * p[None, :]
 
     def variance_terms(self) -> tuple[float, float]:
         """(within, between): total variance of the estimator from drawing examples, and from drawing strata."""
@@ -225,7 +232,8 @@ class Plan:
             )
         y = (self.weight[self.chance] / self.batch_size)[:, None] * strata.means.numpy()[self.chance]  # [M, R]
         y -= y.mean(0)  # the covariance's rows sum to 0, so a common offset must not be left to cancel
-        return within, float(((self.selection_covariance() @ y) * y).sum())
+        own, weight, basis = self.design.covariance()
+        return within, float(own @ (y**2).sum(1) + weight @ ((basis.T @ y) ** 2).sum(1))
 
 
 def check_batch(strata: Strata, batch_size: int, allocation: str, replacement: bool) -> None:
@@ -245,7 +253,7 @@ def check_batch(strata: Strata, batch_size: int, allocation: str, replacement: b
         raise ValueError(f"allocation='neyman' needs the strata's variances, and {NO_VARIANCE}")
 
 
-def _below(rng: np.random.Generator, size: np.ndarray) -> np.ndarray:
+def uniform_below(rng: np.random.Generator, size: np.ndarray) -> np.ndarray:
     """One uniform integer in 0..size−1 for every entry of size."""
     # from doubles, whose stream NumPy keeps between versions; rounding can reach size itself
     return np.minimum((rng.random(len(size)) * size).astype(np.int64), size - 1)
@@ -257,7 +265,7 @@ def _distinct(rng: np.random.Generator, counts: np.ndarray, take: np.ndarray) ->
     for j in range(int(take.max())):
         active = (take > j).nonzero()[0]
         last = counts[active] - take[active] + j
-        pick = _below(rng, last + 1)
+        pick = uniform_below(rng, last + 1)
         seen = (out[active, :j] == pick[:, None]).any(1)
         out[active, j] = np.where(seen, last, pick)
     return out[np.arange(out.shape[1]) < take[:, None]]

@@ -203,7 +203,9 @@ def test_fixed_size_design_is_exact_by_enumeration():
             joint[np.ix_(chosen, chosen)] += p
             total += p
         np.testing.assert_allclose(np.diag(joint / total), pi, rtol=1e-9)
-        np.testing.assert_allclose(design.joint(), joint / total, atol=1e-9)
+        covariance = joint / total - np.outer(pi, pi)
+        own, weight, basis = design.covariance()
+        np.testing.assert_allclose(np.diag(own) + (basis * weight) @ basis.T, covariance, atol=1e-9)
 
 
 def test_fixed_size_design_draws_with_its_probabilities():
@@ -222,4 +224,8 @@ def test_fixed_size_design_stays_exact_for_many_units():
     sizes = np.floor(rng.pareto(1.2, size=600) * 10 + 1)
     pi = water_fill(sizes, np.zeros(600), np.full(600, 0.99), 100)
     design = FixedSize(pi)
-    np.testing.assert_allclose(design.joint().sum(1), 100 * pi, rtol=1e-8)  # Σ_l π_kl = n π_k
+    own, weight, basis = design.covariance()
+    covariance = np.diag(own) + (basis * weight) @ basis.T
+    np.testing.assert_allclose(covariance.sum(1), 0, atol=1e-10)  # the size is fixed
+    np.testing.assert_allclose(np.diag(covariance), pi * (1 - pi), rtol=1e-9)
+    assert len(weight) <= 8
