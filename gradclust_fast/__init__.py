@@ -12,6 +12,7 @@ from .recording import record
 from .sampling import StratifiedBatchSampler, with_indices
 from .sketching import Sketch
 from .strata import Strata
+from .tracking import VarianceTracker
 from .variance import compare_estimators, gradient_stats
 
 __all__ = [
@@ -22,6 +23,7 @@ __all__ = [
     "Stratified",
     "StratifiedBatchSampler",
     "Uniform",
+    "VarianceTracker",
     "__version__",
     "backend",
     "build_info",

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ._files import write_atomically
 from .monte_carlo import MonteCarlo
 
 if TYPE_CHECKING:
@@ -72,13 +73,11 @@ class EstimatorReport:
 
     def to_csv(self, path: str | os.PathLike) -> None:
         """Writes one line per estimator; an existing file is replaced at once, never left half written."""
-        path = Path(path)
-        partial = path.with_name(path.name + ".partial")
-        with partial.open("w", newline="") as file:
-            writer = csv.DictWriter(file, list(self.rows[0].as_dict()))
-            writer.writeheader()
-            writer.writerows(row.as_dict() for row in self.rows)
-        os.replace(partial, path)
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, list(self.rows[0].as_dict()))
+        writer.writeheader()
+        writer.writerows(row.as_dict() for row in self.rows)
+        write_atomically(path, text.getvalue())
 
     def __str__(self) -> str:
         head = ["estimator", "gradients/step", "variance", "per coordinate", "ratio", "normalized", "aggregate"]
