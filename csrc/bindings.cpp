@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "cluster.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
 
@@ -91,6 +92,41 @@ void bind_linear(py::module_& m) {
 #endif
 }
 
+// (data, dtype, N, R, stride)
+using RowsTuple = std::array<int64_t, 5>;
+
+Rows rows(const RowsTuple& t) { return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4]}; }
+
+// The functions with a workspace return its size in bytes and do nothing else while it is 0.
+void bind_cluster(py::module_& m) {
+  m.def("assign_cpu", [](const RowsTuple& dot, uintptr_t center_sqnorm, uintptr_t grad_sqnorm, uintptr_t weight,
+                         uintptr_t label, uintptr_t cost, int threads) {
+    PICK(assign_cpu)(rows(dot), pointer(center_sqnorm), pointer(grad_sqnorm), pointer(weight), pointer<int64_t>(label),
+                     pointer(cost), threads);
+  }, nogil());
+  m.def("assign_points_cpu", [](const RowsTuple& points, uintptr_t centers, int64_t K, uintptr_t weight, uintptr_t label,
+                                uintptr_t cost, uintptr_t workspace, int threads) {
+    int64_t bytes = 0;
+    PICK(assign_points_cpu)(rows(points), pointer(centers), K, pointer<double>(weight), pointer<int64_t>(label),
+                            pointer(cost), pointer(workspace), &bytes, threads);
+    return bytes;
+  }, nogil());
+  m.def("cluster_sums_cpu", [](const RowsTuple& points, uintptr_t labels, int64_t K, uintptr_t sums, uintptr_t counts,
+                               uintptr_t workspace, int threads) {
+    int64_t bytes = 0;
+    PICK(cluster_sums_cpu)(rows(points), pointer<int64_t>(labels), K, pointer(sums), pointer<int64_t>(counts),
+                           pointer(workspace), &bytes, threads);
+    return bytes;
+  }, nogil());
+  m.def("exact_moves_cpu", [](const RowsTuple& points, uintptr_t center, uintptr_t order, int64_t K, uintptr_t labels,
+                              uintptr_t J, uintptr_t moved, uintptr_t workspace, int threads) {
+    int64_t bytes = 0;
+    PICK(exact_moves_cpu)(rows(points), pointer<double>(center), pointer<int64_t>(order), K, pointer<int64_t>(labels),
+                          pointer<double>(J), pointer<int64_t>(moved), pointer(workspace), &bytes, threads);
+    return bytes;
+  }, nogil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -110,4 +146,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_reason") = GRADCLUST_CUDA_REASON;
   m.attr("cuda_archs") = GRADCLUST_CUDA_ARCHS;
   bind_linear(m);
+  bind_cluster(m);
 }

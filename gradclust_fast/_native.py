@@ -111,3 +111,14 @@ def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]
         act.data_ptr(), grad.data_ptr(), DTYPES[act.dtype], B, T, I, grad.shape[2],
         act.stride(0), act.stride(1), grad.stride(0), grad.stride(1), int(bias),
     )  # fmt: skip
+
+
+def rows(points: torch.Tensor) -> tuple[int, ...]:
+    """csrc/bindings.cpp:RowsTuple of points [N, R] with feature stride 1."""
+    return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)
+
+
+def with_workspace(function: Any, *args: Any, threads: int) -> None:
+    """Calls a native function that first tells how many bytes it needs, then works in them."""
+    workspace = torch.empty(max(1, function(*args, 0, threads)), dtype=torch.uint8)
+    function(*args, workspace.data_ptr(), threads)

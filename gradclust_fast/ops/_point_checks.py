@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from .. import _native
 from ._checks import FLOATS, accumulator, shape
 
 
@@ -81,3 +82,15 @@ def check_finite(name: str, points: torch.Tensor) -> None:
         raise ValueError(
             f"{name} must be finite, got NaN or Inf in {len(bad)} of {len(points)} rows: {rows}; drop those examples"
         )
+
+
+def cpu_refuses(main: torch.Tensor, *_: object) -> str | None:
+    """Why the C++ kernel cannot run on an op's arguments, or None."""
+    if main.device.type != "cpu":
+        return f"the C++ kernel needs CPU tensors, got {main.device}"
+    return _native.cpu_unavailable()
+
+
+def with_unit_stride(points: torch.Tensor) -> torch.Tensor:
+    """[N, R] with feature stride 1: itself where it has, else a copy."""
+    return points if points.stride(1) == 1 or points.shape[1] <= 1 else points.contiguous()

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import FLOATS, accumulator, shape
-from ._point_checks import check_aux, check_counts, check_weights
+from ._point_checks import check_aux, check_counts, check_weights, cpu_refuses, with_unit_stride
 
 
 def assign(
@@ -86,3 +86,20 @@ _op = Op(
     fake=_fake,
     reference=_reference,
 )
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=lambda *_: "one read of dot, the smallest cost first, then its index")
+def assign_cpu(
+    dot: torch.Tensor, center_sqnorm: torch.Tensor, grad_sqnorm: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_weights(counts)
+    label, cost = _fake(dot, center_sqnorm, grad_sqnorm, counts)
+    dot = with_unit_stride(dot)
+    center_sqnorm = center_sqnorm.to(cost.dtype).contiguous()
+    grad_sqnorm = grad_sqnorm.to(cost.dtype).contiguous()
+    weight = None if counts is None else counts.to(cost.dtype) + 1  # [K]
+    _native._C.assign_cpu(
+        _native.rows(dot), center_sqnorm.data_ptr(), grad_sqnorm.data_ptr(), 0 if weight is None else weight.data_ptr(),
+        label.data_ptr(), cost.data_ptr(), torch.get_num_threads(),
+    )  # fmt: skip
+    return label, cost

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, shape
-from ._point_checks import check_aux, check_counts, check_points, check_weights
+from ._point_checks import check_aux, check_counts, check_points, check_weights, cpu_refuses, with_unit_stride
 
 
 def assign_points(
@@ -72,3 +72,19 @@ _op = Op(
     fake=_fake,
     reference=_reference,
 )
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=lambda *_: "packed products propose, differences in float64 decide")
+def assign_points_cpu(
+    points: torch.Tensor, centers: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_weights(counts)
+    label, cost = _fake(points, centers, counts)
+    K = centers.shape[0]
+    points, centers = with_unit_stride(points), centers.to(cost.dtype).contiguous()
+    weight = torch.ones(K, dtype=torch.float64) if counts is None else counts.double() + 1  # [K]
+    _native.with_workspace(
+        _native._C.assign_points_cpu, _native.rows(points), centers.data_ptr(), K, weight.data_ptr(),
+        label.data_ptr(), cost.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return label, cost

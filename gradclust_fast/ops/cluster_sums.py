@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._point_checks import check_labels, check_points, check_range
+from ._point_checks import check_labels, check_points, check_range, cpu_refuses, with_unit_stride
 
 
 def cluster_sums(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -54,3 +54,17 @@ _op = Op(
     fake=_fake,
     reference=_reference,
 )
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=lambda *_: "rows sorted by cluster, a task per cluster and 64 features")
+def cluster_sums_cpu(
+    points: torch.Tensor, labels: torch.Tensor, num_clusters: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_range(labels, num_clusters)
+    sums, counts = _fake(points, labels, num_clusters)
+    points, labels = with_unit_stride(points), labels.contiguous()
+    _native.with_workspace(
+        _native._C.cluster_sums_cpu, _native.rows(points), labels.data_ptr(), num_clusters, sums.data_ptr(),
+        counts.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    return sums, counts

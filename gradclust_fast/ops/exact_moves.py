@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
-from ._point_checks import check_finite, check_labels, check_points, check_range
+from ._point_checks import check_finite, check_labels, check_points, check_range, cpu_refuses, with_unit_stride
 
 Sweep = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -59,14 +59,15 @@ def _fake(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: i
 
 def _reference(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: int) -> Sweep:
     check_range(labels, num_clusters)
-    check_finite("points", points)
     sweep = reference.exact_moves.exact_moves(points, labels, num_clusters, seed)
-    _check_objective(sweep[1])
+    _check_objective(points, sweep[1])
     return sweep
 
 
-def _check_objective(J_before: torch.Tensor) -> None:
+def _check_objective(points: torch.Tensor, J_before: torch.Tensor) -> None:
+    """Looks for the reason only where J shows that there is one: it costs a pass over the points."""
     if not J_before.isfinite():
+        check_finite("points", points)
         raise ValueError("points are too large: their squares overflow float64; divide them by their largest entry")
 
 
@@ -76,3 +77,19 @@ _op = Op(
     fake=_fake,
     reference=_reference,
 )
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=lambda *_: "blocks of rows: float32 products propose, float64 decides")
+def exact_moves_cpu(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: int) -> Sweep:
+    check_range(labels, num_clusters)
+    N = points.shape[0]
+    points, labels = with_unit_stride(points), labels.clone(memory_format=torch.contiguous_format)
+    center = reference.exact_moves.center(points)
+    order = reference.exact_moves.visiting_order(N, seed)
+    J, moved = points.new_empty(2, dtype=torch.float64), labels.new_empty(())
+    _native.with_workspace(
+        _native._C.exact_moves_cpu, _native.rows(points), center.data_ptr(), order.data_ptr(), num_clusters,
+        labels.data_ptr(), J.data_ptr(), moved.data_ptr(), threads=torch.get_num_threads(),
+    )  # fmt: skip
+    _check_objective(points, J[0])
+    return labels, J[0].clone(), J[1].clone(), moved

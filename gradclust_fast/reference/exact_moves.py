@@ -90,6 +90,8 @@ def exact_moves(
                 total[k], total_low[k] = add_exactly(total[k], total_low[k], sign * x)
                 square[k], square_low[k] = add_exactly(square[k], square_low[k], sign * sqnorm[i])
                 count[k] += sign
+                if count[k] == 0:  # exactly nothing, not what rounding left
+                    total[k], total_low[k], square[k], square_low[k] = 0, 0, 0, 0
             labels[i] = new
             moved += 1
     # No move raised J, so a sum that came out higher did so by its own rounding.

@@ -1,0 +1,447 @@
+// One sweep of exact moves; the definition, the tie rule and the proof that sweeps end are in
+// gradclust_fast/reference/exact_moves.py.
+//
+// v2  A block of rows meets all clusters' sums in one float32 product; its proven rounding error gives every cost an
+//     interval, and only clusters whose interval reaches below every other's end (plus the row's own, before a move) are
+//     decided in float64. Most rows stay without any. A move corrects the products of the block's later rows, so the
+//     outcome is that of one row after the other, whatever the block length and the number of threads. Blocks shrink
+//     as more rows move: corrections cost (rows left in the block) per move, a short block a repacking per move.
+//     Rows are met in random order: they are fetched while the rows before them are multiplied.
+#include "center_dots.h"
+#include "cluster.h"
+#include "sort_by_label.h"
+#include "team.h"
+
+namespace gradclust::GRADCLUST_ISA {
+namespace {
+
+constexpr int64_t LONGEST = 192, SHORTEST = 48, PIECE = 1024, GROUP = 4;
+constexpr int L64 = LANES<double>, L32 = LANES<float>;
+constexpr float INFINITE = __builtin_inff();
+
+// A sum and what its rounding lost, after every step with |low| at most half a unit of high's last place.
+struct Pair { double high = 0, low = 0; };
+GRADCLUST_INLINE void add(Pair& sum, double x) {
+  double total = sum.high + x, part = total - sum.high;
+  double low = sum.low + ((sum.high - (total - part)) + (x - part));
+  sum.high = total + low;
+  sum.low = low - (sum.high - total);
+}
+GRADCLUST_INLINE void add(double* high, double* low, const double* x, double sign, int64_t n) {
+  for (int64_t r = 0; r < n; r += L64) {
+    vec_t<double> h = load_vec(high + r), v = sign * load_vec(x + r), total = h + v, part = total - h;
+    vec_t<double> rest = load_vec(low + r) + ((h - (total - part)) + (v - part));
+    vec_t<double> rounded = total + rest;
+    store_vec(high + r, rounded);
+    store_vec(low + r, rest - (rounded - total));
+  }
+}
+
+// n is a multiple of the vector length: rows are padded with zeros.
+template <typename T> GRADCLUST_INLINE T dot(const T* x, const T* y, int64_t n) {
+  constexpr int L = LANES<T>;
+  vec_t<T> sum[4] = {};
+  int64_t i = 0;
+  for (; i + 4 * L <= n; i += 4 * L)
+    for (int j = 0; j < 4; ++j) sum[j] += load_vec(x + i + j * L) * load_vec(y + i + j * L);
+  for (; i < n; i += L) sum[0] += load_vec(x + i) * load_vec(y + i);
+  return sum_lanes<T>((sum[0] + sum[1]) + (sum[2] + sum[3]));
+}
+
+struct Piece { int64_t cluster, begin, end; };
+
+struct ExactMoves {
+  const Rows& points;
+  const double* center;
+  const int64_t* order;
+  int64_t* labels;
+  int64_t N, R, K, padded_R, num_panels, width, max_pieces;
+  int threads;
+
+  int64_t *begin, *rows, *count;  // [K + 1], [N], [K]
+  Piece* pieces;
+  double *sqnorm, *sum, *sum_low, *part, *part_low, *objective, *scratch;
+  Pair *square, *part_square;  // Q_k
+  // float32 side, everything times a power of two so that the longest row has length at most 1:
+  float *panels, *x, *dots, *x_sqnorm;
+  float *low_n, *low_q, *high_n, *high_q;  // cost of cluster k for x lies in [low, high]: n·‖x‖² + q − 2·dot
+  double *gross_n, *gross_q;               // N_k and Q_k as if rows that left since the block began still counted
+  int64_t* changed;                        // clusters whose panel column is out of date
+  unsigned char* is_changed;
+  int64_t num_changed = 0;
+  double scale = 1, error = 0, tie = 0;
+  Team team;
+
+  ExactMoves(const Rows& points, const double* center, const int64_t* order, int64_t K, int64_t* labels, int threads,
+             Arena& arena)
+      : points(points), center(center), order(order), labels(labels), N(points.N), R(points.R), K(K), threads(threads) {
+    padded_R = round_up(R, 16);  // whole vectors of either type in every instruction set
+    num_panels = (K + PANEL<float> - 1) / PANEL<float>;
+    width = num_panels * PANEL<float>;
+    max_pieces = K + N / PIECE;
+    begin = arena.take<int64_t>(K + 1);
+    rows = arena.take<int64_t>(N);
+    count = arena.take<int64_t>(K);
+    pieces = arena.take<Piece>(max_pieces);
+    sqnorm = arena.take<double>(N);
+    sum = arena.take<double>(K * padded_R);
+    sum_low = arena.take<double>(K * padded_R);
+    part = arena.take<double>(max_pieces * padded_R);
+    part_low = arena.take<double>(max_pieces * padded_R);
+    objective = arena.take<double>(K);
+    scratch = arena.take<double>(threads * (GROUP + 2) * padded_R);
+    square = arena.take<Pair>(K);
+    part_square = arena.take<Pair>(max_pieces);
+    panels = arena.take<float>(width * R);
+    x = arena.take<float>(LONGEST * padded_R);
+    dots = arena.take<float>(LONGEST * width);
+    x_sqnorm = arena.take<float>(LONGEST);
+    low_n = arena.take<float>(width);
+    low_q = arena.take<float>(width);
+    high_n = arena.take<float>(width);
+    high_q = arena.take<float>(width);
+    gross_n = arena.take<double>(K);
+    gross_q = arena.take<double>(K);
+    changed = arena.take<int64_t>(K);
+    is_changed = arena.take<unsigned char>(K);
+    tie = double(R + 8) * 0x1p-52;
+    // The product sums R terms and each of a block's corrections R more and one rounding; the rest is a few additions.
+    // Far above the float64 side's error, so a cluster left out here cannot tie there.
+    error = double(R + LONGEST + 40) * 0x1p-24;
+  }
+
+  int thread() const {
+#ifdef _OPENMP
+    return omp_get_thread_num();
+#else
+    return 0;
+#endif
+  }
+  double* own_scratch() const { return scratch + thread() * (GROUP + 2) * padded_R; }
+
+  // Row i, shifted and scaled, as out_t; padded with zeros.
+  template <typename out_t> void load_row(int64_t i, out_t* out, double factor = 1) const {
+    dispatch(points.dtype, [&](auto zero) {
+      using in_t = decltype(zero);
+      const in_t* row = static_cast<const in_t*>(points.data) + i * points.stride;
+      for (int64_t r = 0; r < R; ++r) out[r] = out_t((double(load(row[r])) - center[r]) * factor);
+    });
+    for (int64_t r = R; r < padded_R; ++r) out[r] = 0;
+  }
+  int64_t row_lines() const {
+    int64_t bytes = R * (points.dtype == DType::f64 ? 8 : points.dtype == DType::f32 ? 4 : 2);
+    return bytes < 4096 ? (bytes + 63) / 64 : 64;  // further on the hardware has seen the pattern
+  }
+  const char* address(int64_t i) const {
+    int64_t size = points.dtype == DType::f64 ? 8 : points.dtype == DType::f32 ? 4 : 2;
+    return static_cast<const char*>(points.data) + i * points.stride * size;
+  }
+
+  // N_k, s_k, Q_k and all squared norms. Rows are added plainly in fours, then without loss: their number does not matter.
+  void build_statistics() {
+    sort_by_label(labels, N, K, begin, rows);
+    int64_t num_pieces = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      count[k] = begin[k + 1] - begin[k];
+      for (int64_t m = begin[k]; m < begin[k + 1]; m += PIECE)
+        pieces[num_pieces++] = {k, m, m + PIECE < begin[k + 1] ? m + PIECE : begin[k + 1]};
+    }
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t p = 0; p < num_pieces; ++p) sum_piece(pieces[p], part + p * padded_R, part_low + p * padded_R, part_square[p]);
+    memset(sum, 0, K * padded_R * sizeof(double));
+    memset(sum_low, 0, K * padded_R * sizeof(double));
+    for (int64_t k = 0; k < K; ++k) square[k] = {};
+    for (int64_t p = 0; p < num_pieces; ++p) {
+      int64_t k = pieces[p].cluster;
+      add(sum + k * padded_R, sum_low + k * padded_R, part + p * padded_R, 1, padded_R);
+      add(sum + k * padded_R, sum_low + k * padded_R, part_low + p * padded_R, 1, padded_R);
+      add(square[k], part_square[p].high);
+      add(square[k], part_square[p].low);
+    }
+  }
+
+  void sum_piece(const Piece& piece, double* high, double* low, Pair& squares) {
+    double* buffer = own_scratch();
+    memset(high, 0, padded_R * sizeof(double));
+    memset(low, 0, padded_R * sizeof(double));
+    squares = {};
+    for (int64_t m = piece.begin; m < piece.end; m += GROUP) {
+      int64_t n = piece.end - m < GROUP ? piece.end - m : GROUP;
+      double squares_of_group = 0;
+      for (int64_t j = 0; j < n; ++j) {
+        double* row = buffer + j * padded_R;
+        int64_t ahead = m + j + 2 * GROUP < N ? m + j + 2 * GROUP : N - 1;
+        for (int64_t line = 0; line < row_lines(); ++line) __builtin_prefetch(address(rows[ahead]) + 64 * line);
+        load_row(rows[m + j], row);
+        squares_of_group += sqnorm[rows[m + j]] = dot(row, row, padded_R);
+      }
+      if (n < GROUP) memset(buffer + n * padded_R, 0, (GROUP - n) * padded_R * sizeof(double));
+      for (int64_t r = 0; r < padded_R; r += L64) {
+        const double* at = buffer + r;
+        vec_t<double> of_group = (load_vec(at) + load_vec(at + padded_R)) +
+                                 (load_vec(at + 2 * padded_R) + load_vec(at + 3 * padded_R));
+        store_vec(buffer + r, of_group);
+      }
+      add(high, low, buffer, 1, padded_R);
+      add(squares, squares_of_group);
+    }
+  }
+
+  // J of the statistics, or of the rows themselves where N_k·Q_k − ‖s_k‖² would lose too many digits.
+  double objective_now(double running) {
+    double total = 0, gross = 0;
+    for (int64_t k = 0; k < K; ++k) {
+      const double* s = sum + k * padded_R;
+      total += double(count[k]) * square[k].high - dot(s, s, padded_R);
+      gross += double(count[k]) * square[k].high;
+    }
+    if (running >= 0) total = running;
+    if (!(total <= gross / 1024)) return total;  // NaN and infinity, too
+    sort_by_label(labels, N, K, begin, rows);
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t k = 0; k < K; ++k) objective[k] = objective_of(rows + begin[k], begin[k + 1] - begin[k]);
+    total = 0;
+    for (int64_t k = 0; k < K; ++k) total += objective[k];
+    return total;
+  }
+
+  // Deviations are taken from a member first: a cluster of equal rows costs exactly 0, not its mean's rounding.
+  double objective_of(const int64_t* members, int64_t n) {
+    if (n < 2) return 0;
+    double *member = own_scratch(), *row = member + padded_R, *mean = row + padded_R;
+    load_row(members[0], member);
+    memset(mean, 0, padded_R * sizeof(double));
+    for (int64_t m = 1; m < n; ++m) {
+      load_row(members[m], row);
+      for (int64_t r = 0; r < padded_R; ++r) mean[r] += row[r] - member[r];
+    }
+    for (int64_t r = 0; r < padded_R; ++r) mean[r] /= double(n);
+    double within = 0;
+    for (int64_t m = 0; m < n; ++m) {
+      load_row(members[m], row);
+      for (int64_t r = 0; r < padded_R; ++r) row[r] = (row[r] - member[r]) - mean[r];
+      within += dot(row, row, padded_R);
+    }
+    return double(n) * within;
+  }
+
+  // Scale of the float32 side; false if a squared norm is not finite.
+  bool choose_scale() {
+    double largest = 0;
+    for (int64_t i = 0; i < N; ++i) {
+      if (!(sqnorm[i] < __builtin_inf())) return false;
+      largest = sqnorm[i] > largest ? sqnorm[i] : largest;
+    }
+    if (largest > 0) {
+      int exponent = __builtin_ilogb(largest) / 2 + 1;
+      scale = __builtin_ldexp(1.0, -exponent);
+    }
+    return true;
+  }
+
+  void pack_column(int64_t k) {
+    float* column = panels + k / PANEL<float> * R * PANEL<float> + k % PANEL<float>;
+    const double* s = sum + k * padded_R;
+    for (int64_t r = 0; r < R; ++r) column[r * PANEL<float>] = float(s[r] * scale);
+    gross_n[k] = double(count[k]);
+    gross_q[k] = square[k].high;
+    is_changed[k] = 0;
+    set_interval(k);
+  }
+
+  void set_interval(int64_t k) {
+    double n = double(count[k]), q = square[k].high * scale * scale;
+    double error_n = error * gross_n[k], error_q = error * gross_q[k] * scale * scale + (double(N) + double(R)) * 0x1p-120;
+    low_n[k] = float(n - error_n), high_n[k] = float(n + error_n);
+    low_q[k] = float(q - error_q), high_q[k] = float(q + error_q);
+  }
+
+  // float32 rows of the block and their products with all sums.
+  void multiply_block(int64_t first, int64_t length) {
+    constexpr int64_t CHUNK = 4 * TILE_ROWS;
+    auto pack = [&](int64_t c) { pack_column(changed[c]); };
+    if (num_changed > 8) {
+      team.run(num_changed, pack);
+    } else {
+      for (int64_t c = 0; c < num_changed; ++c) pack(c);
+    }
+    num_changed = 0;
+    int64_t lines = row_lines();
+    team.run((length + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
+      int64_t p = chunk * CHUNK, end = p + CHUNK < length ? p + CHUNK : length, padded = round_up(end - p, TILE_ROWS);
+      for (int64_t i = p; i < end; ++i) {
+        load_row(order[first + i], x + i * padded_R, scale);
+        x_sqnorm[i] = float(sqnorm[order[first + i]] * scale * scale);
+      }
+      memset(x + end * padded_R, 0, (p + padded - end) * padded_R * sizeof(float));
+      // the chunk that this thread is likely to get next, a few cache lines per tile
+      int64_t next = first + p + threads * CHUNK, next_end = next + CHUNK < N ? next + CHUNK : N, line = 0;
+      int64_t step = lines * CHUNK / (num_panels * (padded / TILE_ROWS)) + 1;
+      center_dots(x + p * padded_R, padded_R, padded, panels, num_panels, R, dots + p * width, width, [&] {
+        for (int64_t s = 0; s < step && next < next_end; ++s) {
+          if (line == 0) __builtin_prefetch(sqnorm + order[next]), __builtin_prefetch(labels + order[next]);
+          __builtin_prefetch(address(order[next]) + 64 * line);
+          if (++line == lines) line = 0, ++next;
+        }
+      });
+    });
+  }
+
+  // Is any cluster's cost possibly as small as the largest that the own one's can be?
+  bool may_move(const float* dot, float x2, int64_t own) const {
+    float bound = high_n[own] * x2 + high_q[own] - 2 * dot[own];
+    typedef int32_t ints __attribute__((vector_size(GRADCLUST_VECTOR_BYTES)));
+    ints hits = {};
+    for (int64_t k = 0; k < width; k += L32)
+      hits -= load_vec(low_n + k) * x2 + load_vec(low_q + k) - 2 * load_vec(dot + k) <= bound;
+    int total = 0;
+    for (int lane = 0; lane < L32; ++lane) total += hits[lane];
+    return total > 1;  // its own is one
+  }
+
+  struct Choice { int64_t cluster; double change; };
+
+  // The rule of gradclust_fast/reference/exact_moves.py:destination over the clusters that the intervals leave.
+  Choice choose(int64_t i, const float* dots, float x2, int64_t own, double* row, int64_t* candidates, double* cost,
+                double* magnitude) const {
+    vec_t<float> smallest = INFINITE - vec_t<float>{};
+    for (int64_t k = 0; k < width; k += L32) {
+      vec_t<float> high = load_vec(high_n + k) * x2 + load_vec(high_q + k) - 2 * load_vec(dots + k);
+      smallest = high < smallest ? high : smallest;
+    }
+    float bound = smallest[0];
+    for (int lane = 1; lane < L32; ++lane) bound = smallest[lane] < bound ? smallest[lane] : bound;
+    int64_t n = 0, at_own = -1;
+    bool empty_seen = false;  // empty clusters all cost 0: the first stands for all
+    for (int64_t k = 0; k < width; k += L32) {
+      vec_t<float> low = load_vec(low_n + k) * x2 + load_vec(low_q + k) - 2 * load_vec(dots + k);
+      for (uint32_t bits = lane_bits<float>(low <= bound); bits; bits &= bits - 1) {
+        int64_t c = k + __builtin_ctz(bits);
+        if (count[c] == 0 && empty_seen) continue;
+        empty_seen |= count[c] == 0;
+        if (c == own) at_own = n;
+        candidates[n++] = c;
+      }
+    }
+    if (n == 1 && at_own == 0) return {own, 0};
+    if (at_own < 0) candidates[at_own = n++] = own;
+    load_row(i, row);
+    int64_t cheapest = 0;
+    for (int64_t j = 0; j < n; ++j) {
+      int64_t c = candidates[j];
+      magnitude[j] = count[c] ? double(count[c]) * sqnorm[i] + square[c].high : 0;
+      cost[j] = count[c] ? magnitude[j] - 2 * dot(sum + c * padded_R, row, padded_R) : 0;
+      bool less = cost[j] < cost[cheapest] || (cost[j] == cost[cheapest] && c < candidates[cheapest]);
+      if (less) cheapest = j;
+    }
+    int64_t largest = cheapest;
+    bool own_ties = false;
+    for (int64_t j = 0; j < n; ++j) {
+      if (cost[j] - cost[cheapest] > tie * (magnitude[j] + magnitude[cheapest])) continue;
+      own_ties |= j == at_own;
+      int64_t more = count[candidates[j]] - count[candidates[largest]];
+      if (more > 0 || (more == 0 && candidates[j] < candidates[largest])) largest = j;
+    }
+    bool falls = cost[at_own] - cost[largest] > tie * (magnitude[at_own] + magnitude[largest]);
+    int64_t to = own_ties || falls ? largest : cheapest;
+    return {candidates[to], own_ties ? 0 : cost[to] - cost[at_own]};
+  }
+
+  void update_cluster(int64_t k, int64_t i, const double* row, int sign) {
+    count[k] += sign;
+    if (count[k]) {
+      add(sum + k * padded_R, sum_low + k * padded_R, row, sign, padded_R);
+      add(square[k], sign * sqnorm[i]);
+    } else {  // exactly nothing, not what rounding left
+      memset(sum + k * padded_R, 0, padded_R * sizeof(double));
+      memset(sum_low + k * padded_R, 0, padded_R * sizeof(double));
+      square[k] = {};
+    }
+    gross_n[k] += 1;
+    gross_q[k] += sqnorm[i];
+    set_interval(k);
+    if (!is_changed[k]) is_changed[k] = 1, changed[num_changed++] = k;
+  }
+
+  // The products of the block's rows after p, as if the move had come before the block.
+  void correct_later(int64_t p, int64_t length, int64_t from, int64_t to) {
+    const float* moved = x + p * padded_R;
+    for (int64_t later = p + 1; later < length; ++later) {
+      float product = dot(moved, x + later * padded_R, padded_R);
+      dots[later * width + from] -= product;
+      dots[later * width + to] += product;
+    }
+  }
+
+  void sweep(double* J, int64_t* moved, int64_t* candidates, double* cost, double* magnitude) {
+    *moved = 0;
+    build_statistics();
+    J[0] = J[1] = choose_scale() ? objective_now(-1) : __builtin_nan("");
+    if (!(J[0] < __builtin_inf())) return;
+    for (int64_t k = K; k < width; ++k) low_n[k] = high_n[k] = 0, low_q[k] = high_q[k] = INFINITE;
+    memset(panels, 0, width * R * sizeof(float));
+    for (int64_t k = 0; k < K; ++k) changed[k] = k;
+    num_changed = K;
+    double change = 0;
+#pragma omp parallel num_threads(threads)
+    {
+      if (thread() == 0) {
+        move_rows(&change, moved, candidates, cost, magnitude);
+        team.finish();
+      } else {
+        team.help();
+      }
+    }
+    if (*moved == 0) return;
+    // No move raised J, so a sum that comes out higher does so by its own rounding.
+    double running = J[0] + change, now = objective_now(running > 0 ? running : 0);
+    J[1] = now < J[0] ? now : J[0];
+  }
+
+  void move_rows(double* change, int64_t* moved, int64_t* candidates, double* cost, double* magnitude) {
+    double* row = own_scratch();
+    double rate = 1;
+    for (int64_t first = 0, length; first < N; first += length) {
+      length = block_length(rate);
+      length = length < N - first ? length : N - first;
+      multiply_block(first, length);
+      int64_t moved_before = *moved;
+      for (int64_t p = 0; p < length; ++p) {
+        int64_t i = order[first + p], own = labels[i];
+        const float* products = dots + p * width;
+        if (!may_move(products, x_sqnorm[p], own)) continue;
+        Choice choice = choose(i, products, x_sqnorm[p], own, row, candidates, cost, magnitude);
+        if (choice.cluster == own) continue;
+        update_cluster(own, i, row, -1);
+        update_cluster(choice.cluster, i, row, 1);
+        correct_later(p, length, own, choice.cluster);
+        labels[i] = choice.cluster;
+        *change += choice.change;
+        ++*moved;
+      }
+      rate = double(*moved - moved_before) / double(length);
+    }
+  }
+
+  // About 26/√rate balances corrections against packing and forking; between the bounds, whole chunks.
+  int64_t block_length(double rate) const {
+    int64_t length = LONGEST;
+    while (length > SHORTEST && double(length) * double(length) * rate > 700) length -= SHORTEST;
+    return length;
+  }
+};
+
+}  // namespace
+
+void exact_moves_cpu(const Rows& points, const double* center, const int64_t* order, int64_t K, int64_t* labels, double* J,
+                     int64_t* moved, void* workspace, int64_t* bytes, int threads) {
+  Arena arena = {static_cast<char*>(workspace)};
+  ExactMoves problem(points, center, order, K, labels, threads, arena);
+  int64_t* candidates = arena.take<int64_t>(K + 1);
+  double* cost = arena.take<double>(K + 1);
+  double* magnitude = arena.take<double>(K + 1);
+  *bytes = arena.used;
+  if (workspace) problem.sweep(J, moved, candidates, cost, magnitude);
+}
+
+}  // namespace gradclust::GRADCLUST_ISA
