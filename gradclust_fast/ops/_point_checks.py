@@ -94,3 +94,8 @@ def cpu_refuses(main: torch.Tensor, *_: object) -> str | None:
 def with_unit_stride(points: torch.Tensor) -> torch.Tensor:
     """[N, R] with feature stride 1: itself where it has, else a copy."""
     return points if points.stride(1) == 1 or points.shape[1] <= 1 else points.contiguous()
+
+
+def threads_for(multiply_adds: int) -> int:
+    """One thread for work that ends before a second one has woken up."""
+    return _native.num_threads() if multiply_adds > 1 << 20 else 1

@@ -7,7 +7,7 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import FLOATS, accumulator, shape
-from ._point_checks import check_aux, check_counts, check_weights, cpu_refuses, with_unit_stride
+from ._point_checks import check_aux, check_counts, check_weights, cpu_refuses, threads_for, with_unit_stride
 
 
 def assign(
@@ -100,6 +100,6 @@ def assign_cpu(
     weight = None if counts is None else counts.to(cost.dtype) + 1  # [K]
     _native._C.assign_cpu(
         _native.rows(dot), center_sqnorm.data_ptr(), grad_sqnorm.data_ptr(), 0 if weight is None else weight.data_ptr(),
-        label.data_ptr(), cost.data_ptr(), torch.get_num_threads(),
+        label.data_ptr(), cost.data_ptr(), threads_for(dot.numel()),
     )  # fmt: skip
     return label, cost

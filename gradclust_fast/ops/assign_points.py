@@ -7,7 +7,15 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, shape
-from ._point_checks import check_aux, check_counts, check_points, check_weights, cpu_refuses, with_unit_stride
+from ._point_checks import (
+    check_aux,
+    check_counts,
+    check_points,
+    check_weights,
+    cpu_refuses,
+    threads_for,
+    with_unit_stride,
+)
 
 
 def assign_points(
@@ -85,6 +93,6 @@ def assign_points_cpu(
     weight = torch.ones(K, dtype=torch.float64) if counts is None else counts.double() + 1  # [K]
     _native.with_workspace(
         _native._C.assign_points_cpu, _native.rows(points), centers.data_ptr(), K, weight.data_ptr(),
-        label.data_ptr(), cost.data_ptr(), threads=torch.get_num_threads(),
+        label.data_ptr(), cost.data_ptr(), threads=threads_for(points.numel() * K),
     )  # fmt: skip
     return label, cost

@@ -7,7 +7,7 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._point_checks import check_labels, check_points, check_range, cpu_refuses, with_unit_stride
+from ._point_checks import check_labels, check_points, check_range, cpu_refuses, threads_for, with_unit_stride
 
 
 def cluster_sums(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -65,6 +65,6 @@ def cluster_sums_cpu(
     points, labels = with_unit_stride(points), labels.contiguous()
     _native.with_workspace(
         _native._C.cluster_sums_cpu, _native.rows(points), labels.data_ptr(), num_clusters, sums.data_ptr(),
-        counts.data_ptr(), threads=torch.get_num_threads(),
+        counts.data_ptr(), threads=threads_for(points.numel()),
     )  # fmt: skip
     return sums, counts

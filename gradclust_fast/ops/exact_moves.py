@@ -6,7 +6,15 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
-from ._point_checks import check_finite, check_labels, check_points, check_range, cpu_refuses, with_unit_stride
+from ._point_checks import (
+    check_finite,
+    check_labels,
+    check_points,
+    check_range,
+    cpu_refuses,
+    threads_for,
+    with_unit_stride,
+)
 
 Sweep = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -89,7 +97,7 @@ def exact_moves_cpu(points: torch.Tensor, labels: torch.Tensor, num_clusters: in
     J, moved = points.new_empty(2, dtype=torch.float64), labels.new_empty(())
     _native.with_workspace(
         _native._C.exact_moves_cpu, _native.rows(points), center.data_ptr(), order.data_ptr(), num_clusters,
-        labels.data_ptr(), J.data_ptr(), moved.data_ptr(), threads=torch.get_num_threads(),
+        labels.data_ptr(), J.data_ptr(), moved.data_ptr(), threads=threads_for(points.numel() * num_clusters),
     )  # fmt: skip
     _check_objective(points, J[0])
     return labels, J[0].clone(), J[1].clone(), moved
