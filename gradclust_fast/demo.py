@@ -134,7 +134,7 @@ class Run:
         self.optimizer.step()
         self.step += 1
         # a running mean: single batches of a few dozen examples jump about
-        now = float(loss)
+        now = float(loss.detach())
         self.train_loss = now if math.isnan(self.train_loss) else 0.95 * self.train_loss + 0.05 * now
         if not math.isfinite(now):
             raise SystemExit(f"the loss is not finite at step {self.step}: training diverged; try another --seed")
@@ -143,7 +143,11 @@ class Run:
         """New strata and a new SVRG snapshot from the model as it is now."""
         B = self.setting.batch_size
         clustering = GradientClustering(
-            self.model, num_clusters=B, method="exact", sketch=Sketch(dim=256, seed=self.setting.seed), seed=self.setting.seed
+            self.model,
+            num_clusters=B,
+            method="exact",
+            sketch=Sketch(dim=256, seed=self.setting.seed),
+            seed=self.setting.seed,
         )
         self.strata = clustering.fit(self.setting.train, losses, batch_size=512, progress=False)
         self.snapshot = copy.deepcopy(self.model)
@@ -218,9 +222,9 @@ def conclusion(points: list[Point], setting: Setting) -> str:
     else:
         verdict = f"so it did not help here (doubling the batch gives {double:.2f})"
     return (
-        f"Gradient Clustering's batches of {setting.batch_size} had {gc:.2f} times the gradient variance of plain SGD's, "
-        f"on average over this run (from {min(ratios):.2f} to {max(ratios):.2f}, with strata up to {oldest} steps old), "
-        f"{verdict}; SVRG, at two gradients per example, had {svrg:.2f} times."
+        f"Gradient Clustering's batches of {setting.batch_size} had {gc:.2f} times the gradient variance of plain "
+        f"SGD's, on average over this run (from {min(ratios):.2f} to {max(ratios):.2f}, with strata up to {oldest} "
+        f"steps old), {verdict}; SVRG, at two gradients per example, had {svrg:.2f} times."
     )
 
 
@@ -239,6 +243,7 @@ def as_csv(points: list[Point]) -> str:
 def figure(points: list[Point], setting: Setting) -> bytes:
     """Two panels against training steps: gradient variance, and normalized variance."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no window
+    from matplotlib.ticker import LogFormatter
 
     picture = Figure(figsize=(12, 5.2), layout="constrained")
     picture.suptitle(f"Gradient variance along one training run: small CNN on {setting.title}", fontsize=14)
@@ -259,8 +264,10 @@ def figure(points: list[Point], setting: Setting) -> bytes:
             label = "new strata and SVRG snapshot" if step == 0 else None
             axes.axvline(step, color="#999999", lw=0.8, ls=":", zorder=0, label=label)
         axes.set(yscale="log", ylim=(low, high), title=title, xlabel="training steps")
+        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
         axes.grid(True, which="major", alpha=0.25)
-    picture.axes[0].legend(fontsize=10)
+    picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     image = io.BytesIO()
     picture.savefig(image, format="png", dpi=120)
     return image.getvalue()
@@ -303,7 +310,9 @@ def live_table(run: Run) -> Any:
 def display(run: Run) -> Iterator[Any]:
     """Yields ``show(measured)``: a live table on a terminal, else one line a measurement."""
     if not sys.stdout.isatty():
-        print(f"{'step':>6} {'age':>5} {'accuracy':>9}" + "".join(f"{name + ' var':>12}{'ratio':>7}" for name in COLORS))
+        print(
+            f"{'step':>6} {'age':>5} {'accuracy':>9}" + "".join(f"{name + ' var':>12}{'ratio':>7}" for name in COLORS)
+        )
 
         def lines(measured: bool) -> None:
             if measured:
