@@ -116,7 +116,7 @@ def autocast_input(call: Call, args: tuple, kwargs: dict) -> tuple[tuple, dict]:
     A leaf stays as it is, since autocast may share its cast between several uses.
     """
     held = call.held
-    if held is None or not held.is_floating_point() or held.dtype == torch.float64:
+    if held is None or not call.lower_precision or not held.is_floating_point() or held.dtype == torch.float64:
         return args, kwargs
     device = held.device.type
     if not torch.is_autocast_enabled(device) or (held.is_leaf and held.requires_grad):

@@ -153,7 +153,8 @@ class record(Watch):
 
     def _received(self, run: Backward, name: str, grad: torch.Tensor) -> None:
         if self._eager and self._asked["sq_norms"]:
-            run.state.grad_sqnorm = _added(run.state.grad_sqnorm, _sqnorm(grad))
+            with self._quiet(grad.device.type):
+                run.state.grad_sqnorm = _added(run.state.grad_sqnorm, _sqnorm(grad))
 
     def _finished(self, run: Backward) -> None:
         rows: _Rows = run.state
@@ -295,7 +296,8 @@ class record(Watch):
 
 
 def _sqnorm(grad: torch.Tensor) -> torch.Tensor:
-    return torch.linalg.vector_norm(grad.detach(), dtype=torch.float64).square()
+    values = grad.detach().coalesce().values() if grad.is_sparse else grad.detach()
+    return torch.linalg.vector_norm(values, dtype=torch.float64).square()
 
 
 def _added(total: Any, term: torch.Tensor) -> torch.Tensor:

@@ -186,7 +186,10 @@ class Watch:
             if differentiable(changed, self._entries):
                 self._refuse(func, used, "has no per-example route")
             return out
-        call = route(*args, **kwargs)
+        try:
+            call = route(*args, **kwargs)
+        except NotImplementedError as error:
+            raise NotImplementedError(f"{', '.join(entry.name for entry in used)}: {error}") from None
         entries = {
             role: self._entries[id(parameter)]
             for role, parameter in call.parameters.items()
@@ -360,8 +363,7 @@ class Watch:
         run = self._runs.get(self._roots.get(task, task))
         if run is not None and entry.name in run.seen:
             run.received.add(entry.name)
-            with self._quiet(grad.device.type):
-                self._received(run, entry.name, grad)
+            self._received(run, entry.name, grad)
         elif run is None or entry.name not in run.blank:
             self._unseen[entry.name] = None
 

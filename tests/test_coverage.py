@@ -10,7 +10,7 @@ import gradclust_fast as gf
 class Model(nn.Module):
     def __init__(self):
         super().__init__()
-        self.conv, self.norm = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)
+        self.conv, self.norm, self.rnn = nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), nn.RNN(2, 2, bias=False)
         self.linear, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
         self.twin = nn.Linear(4, 4)
         self.twin.weight = self.linear.weight
@@ -29,14 +29,14 @@ def test_every_parameter_has_one_row_with_its_route():
     assert rows["conv.weight"].route == "factored" and rows["conv.bias"].route == "sum"
     assert rows["linear.weight"].module == "Linear" and "tied" in rows["linear.weight"].note
     assert rows["head.bias"].route == "frozen"
-    assert rows["scale"].route == rows["norm.weight"].route == "none"
+    assert rows["scale"].route == rows["rnn.weight_ih_l0"].route == "none"
     assert "parameters=" in rows["scale"].note and rows["scale"].module == "Model"
 
 
 def test_coverage_and_record_agree():
     model = Model()
     assert not gf.coverage(model).complete
-    with pytest.raises(NotImplementedError, match=r"scale \(Model\).*norm.weight \(BatchNorm2d\).*norm.bias"):
+    with pytest.raises(NotImplementedError, match=r"scale \(Model\).*rnn.weight_ih_l0 \(RNN\).*rnn.weight_hh_l0"):
         gf.record(model).__enter__()
     chosen = ["conv.*", "linear.*", "twin.bias"]
     rows = gf.coverage(model, parameters=chosen)

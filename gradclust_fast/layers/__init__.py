@@ -8,9 +8,20 @@ from torch import nn
 
 from .base import BatchLayout, Call, DenseFactors, Factors
 from .conv import ConvCall, ConvFactors
+from .embedding import EmbeddingCall, EmbeddingFactors
 from .linear import LinearCall, LinearFactors
+from .norm import BatchNormCall, GroupNormCall, InstanceNormCall, LayerNormCall, RMSNormCall
 
-CALLS: tuple[type[Call], ...] = (LinearCall, ConvCall)
+CALLS: tuple[type[Call], ...] = (
+    LinearCall,
+    ConvCall,
+    EmbeddingCall,
+    LayerNormCall,
+    RMSNormCall,
+    GroupNormCall,
+    BatchNormCall,
+    InstanceNormCall,
+)
 """The table: a new layer type is one file and one entry here."""
 
 ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
@@ -24,7 +35,7 @@ def route_of(module: nn.Module, name: str) -> type[Call] | None:
     for call in CALLS:
         for kind, names in call.modules.items():
             inherited = isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
-            if inherited and name in names:
+            if inherited and name in names and call.accepts(module):
                 return call
     return None
 
@@ -37,6 +48,7 @@ __all__ = [
     "ConvCall",
     "ConvFactors",
     "DenseFactors",
+    "EmbeddingFactors",
     "Factors",
     "LinearCall",
     "LinearFactors",

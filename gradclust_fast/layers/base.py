@@ -76,7 +76,8 @@ class Factors(ABC):
         """(a [B, cols], d [B, rows]): mean over positions of the inputs, sum over positions of the output gradients.
 
         ``d ⊗ a`` is the paper's rank-1 stand-in for G_b. A grouped convolution has one such pair a group: then both
-        carry a rank dimension, [B, groups, cols] and [B, groups, rows], that ``dot`` sums over.
+        carry a rank dimension, [B, groups, cols] and [B, groups, rows], that ``dot`` sums over. So do dense gradients
+        with more than one column, which are exact.
         """
 
     @abstractmethod
@@ -166,9 +167,12 @@ class DenseFactors(Factors):
         return self.grads.sum(0), self.grads.square().sum(0)
 
     def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
-        if self.matrix_shape[1] != 1:
-            raise ValueError(f"a dense gradient of shape {list(self.shape)} has no rank-1 form; use its sketch instead")
-        return self.grads.new_ones(self.B, 1), self._flat()
+        rows, cols = self.matrix_shape
+        if cols == 1:
+            return self.grads.new_ones(self.B, 1), self._flat()
+        # Row by row, G_b itself: a sum of rows outer products, so that the mean of such pairs is the mean gradient.
+        unit = torch.eye(rows, dtype=self.dtype, device=self.device)
+        return self.grads.reshape(self.B, rows, cols), unit.expand(self.B, rows, rows)
 
     def negated(self) -> DenseFactors:
         return DenseFactors(-self.grads)
@@ -223,11 +227,18 @@ class Call(ABC):
     """Module types whose parameters, by name, are used by these functions only."""
     light: ClassVar[frozenset[str]] = frozenset(("bias",))
     """Roles whose factors need no input: nothing is held for them."""
+    lower_precision: ClassVar[bool] = True
+    """Whether autocast casts the function's input down."""
     costs: ClassVar[dict[str, tuple[str, str]]]
     """Parameter name → (cost class, note) for coverage."""
 
     held: torch.Tensor | None
     parameters: dict[str, torch.Tensor | None]
+
+    @classmethod
+    def accepts(cls, module: torch.nn.Module) -> bool:
+        """Whether a module of one of ``modules`` is set up in a way that has per-example gradients."""
+        return True
 
     @abstractmethod
     def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:

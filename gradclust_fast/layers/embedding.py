@@ -1,0 +1,149 @@
+"""Embeddings: ``G_b = Σ_t onehot(index[b, t]) ⊗ grad[b, t]``, a linear layer whose output gradient is one-hot rows."""
+
+from __future__ import annotations
+
+from typing import ClassVar
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from .base import BatchLayout, Call, Factors, accumulator, run_op
+from .linear import LinearFactors
+
+
+class EmbeddingFactors(Factors):
+    """index [B, T] and grad [B, T, D] of a table [V, D]; positions with the padding index carry a zero gradient."""
+
+    def __init__(self, index: torch.Tensor, grad: torch.Tensor, shape: torch.Size) -> None:
+        self.index, self.grad, self.shape = index, grad, shape
+
+    @property
+    def B(self) -> int:
+        return self.index.shape[0]
+
+    @property
+    def device(self) -> torch.device:
+        return self.grad.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.grad.dtype
+
+    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """The non-zero rows of all G_b: (example [U], table row [U], row's gradient [U, D]), ordered by example."""
+        V, D = self.shape
+        examples = torch.arange(self.B, device=self.device).unsqueeze(1)
+        keys, segment = torch.unique(examples * V + self.index, return_inverse=True)
+        values = self.grad.to(accumulator(self.dtype)).reshape(-1, D)
+        total = values.new_zeros(keys.numel(), D)  # [U, D]
+        return keys // V, keys % V, _add_rows(total, segment.flatten(), values)
+
+    def sqnorm(self) -> torch.Tensor:
+        example, _, values = self._rows()
+        return _add_rows(values.new_zeros(self.B), example, values.square().sum(1))
+
+    def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
+        if left is None:
+            example, row, values = self._rows()
+            values = values if right is None else values @ right.to(values.dtype)
+            out = values.new_zeros(self.B * self.shape[0], values.shape[1])
+            out[example * self.shape[0] + row] = values
+            return out.reshape(self.B, self.shape[0], values.shape[1])
+        dtype = accumulator(self.dtype)
+        return run_op("grad_sketch", self.grad.to(dtype), left.to(dtype)[self.index], None, right, False)
+
+    def dot(self, center_rows: torch.Tensor, center_cols: torch.Tensor) -> torch.Tensor:
+        example, row, values = self._rows()
+        K = center_rows.shape[0]
+        rows, cols = (c.to(values.dtype).reshape(K, -1, c.shape[-1]) for c in (center_rows, center_cols))
+        out = values.new_zeros(self.B, K)
+        for r in range(rows.shape[1]):  # [U, K] a rank
+            out = _add_rows(out, example, rows[:, r, row].mT * (values @ cols[:, r].mT))
+        return out
+
+    def gram(self) -> torch.Tensor:
+        example, row, values = self._rows()
+        used, compact = torch.unique(row, return_inverse=True)
+        table = values.new_zeros(used.numel(), self.shape[1])
+        out = values.new_zeros(self.B, self.B)
+        for b in range(self.B):
+            mine = example == b
+            table[compact[mine]] = values[mine]
+            out[b] = _add_rows(out.new_zeros(self.B), example, (values * table[compact]).sum(1))
+            table[compact[mine]] = 0
+        return out
+
+    def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
+        _, row, values = self._rows()
+        first, second = (values.new_zeros(self.shape) for _ in range(2))  # [V, D] each
+        return _add_rows(first, row, values), _add_rows(second, row, values.square())
+
+    def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """The table's rows play the input's part, so they are averaged; the gradients are summed."""
+        dtype = accumulator(self.dtype)
+        T = max(1, self.index.shape[1])
+        counts = torch.zeros(self.B, self.shape[0], dtype=dtype, device=self.device)
+        ones = torch.full_like(self.index, 1.0, dtype=dtype) / T
+        return self.grad.sum(1, dtype=dtype), counts.scatter_add_(1, self.index, ones)
+
+    def negated(self) -> EmbeddingFactors:
+        return EmbeddingFactors(self.index, -self.grad, self.shape)
+
+    def linear(self) -> LinearFactors:
+        onehot = torch.zeros(*self.index.shape, self.shape[0], dtype=self.dtype, device=self.device)  # [B, T, V]
+        return LinearFactors(self.grad, onehot.scatter_(2, self.index.unsqueeze(2), 1), self.shape)
+
+    def _concat(self, other: EmbeddingFactors) -> EmbeddingFactors:
+        dtype = torch.promote_types(self.dtype, other.dtype)
+        grad = torch.cat([self.grad.to(dtype), other.grad.to(dtype)], 1)
+        return EmbeddingFactors(torch.cat([self.index, other.index], 1), grad, self.shape)
+
+
+def _add_rows(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
+    """``out[index] += values`` with the same bits every time: index_add_ on a GPU uses atomics, index_put_ sorts."""
+    if out.device.type == "cpu":
+        return out.index_add_(0, index, values)
+    return out.index_put_((index,), values, accumulate=True)
+
+
+class EmbeddingCall(Call):
+    """``torch.nn.functional.embedding``."""
+
+    functions = (F.embedding,)
+    modules: ClassVar = {nn.Embedding: ("weight",)}
+    lower_precision = False
+    costs: ClassVar = {"weight": ("factored", "exact from the indices and the output gradient")}
+
+    def __init__(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        padding_idx: int | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2.0,
+        scale_grad_by_freq: bool = False,
+        sparse: bool = False,
+    ) -> None:
+        if scale_grad_by_freq:
+            raise NotImplementedError(
+                "scale_grad_by_freq=True divides by counts over the whole batch, which no example has alone; turn it "
+                "off, or leave the table out with parameters="
+            )
+        self.held: torch.Tensor | None = input
+        self.parameters = {"weight": weight}
+        self.shape = weight.shape
+        self.padding = None if padding_idx is None else padding_idx % weight.shape[0]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return not module.scale_grad_by_freq
+
+    def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
+        assert self.held is not None
+        index, rows = layout.rows(self.held.long(), 0), layout.rows(grad)  # [B, *], [B, *, D]
+        T = index.shape[1:].numel()
+        index, rows = index.reshape(index.shape[0], T), rows.reshape(rows.shape[0], T, rows.shape[-1])
+        if self.padding is not None:
+            rows = rows.masked_fill((index == self.padding).unsqueeze(2), 0)
+        return EmbeddingFactors(index, rows, self.shape)
