@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import warnings
 
 import torch
 from torch import nn
@@ -57,10 +56,6 @@ def assert_same_grads(model: nn.Module, expected: dict[str, torch.Tensor | None]
     for name, p in model.named_parameters():
         same = p.grad is None if expected[name] is None else torch.equal(p.grad, expected[name])
         assert same, f"{name}.grad changed"
-
-
-# "conv-same-uneven" is there on purpose
-warnings.filterwarnings("ignore", message="Using padding='same' with even kernel")
 
 
 class Tied(nn.Module):

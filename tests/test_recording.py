@@ -14,6 +14,9 @@ from torch.utils.checkpoint import checkpoint
 import gradclust_fast as gf
 from gradclust_fast.watching import _watched
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel", "ignore:.*torch.jit.script_method"
+)
 EVERYTHING = {"sq_norms": True, "gram": True, "moments": True}
 
 

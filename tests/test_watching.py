@@ -9,6 +9,10 @@ from torch import nn
 import gradclust_fast as gf
 from gradclust_fast.watching import Watch
 
+pytestmark = pytest.mark.filterwarnings(
+    "ignore:Using padding='same' with even kernel", "ignore:.*torch.jit.script_method"
+)
+
 
 def batch(shape=(6,), B=5, classes=3):
     return torch.randn(B, *shape), torch.randint(0, classes, (B,))
