@@ -10,6 +10,8 @@
 #include <string>
 
 #include "cluster.h"
+#include "grad_gram.h"
+#include "grad_moments.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
 
@@ -78,6 +80,12 @@ using nogil = py::call_guard<py::gil_scoped_release>;
 void bind_linear(py::module_& m) {
   m.def("grad_sqnorm_cpu", [](const LinearTuple& f, bool gram, uintptr_t out, int threads) {
     PICK(grad_sqnorm_cpu)(linear(f), gram, pointer(out), threads);
+  }, nogil());
+  m.def("grad_gram_cpu", [](const LinearTuple& f, uintptr_t out, int threads) {
+    PICK(grad_gram_cpu)(linear(f), pointer(out), threads);
+  }, nogil());
+  m.def("grad_moments_cpu", [](const LinearTuple& f, uintptr_t first, uintptr_t second, int threads) {
+    PICK(grad_moments_cpu)(linear(f), pointer(first), pointer(second), threads);
   }, nogil());
   // questions: (sqnorm, gram, sketch, left, right, P, Q, dot, center_grad, center_act, K, rank)
   m.def("grad_quantities_cpu", [](const LinearTuple& f, const std::array<int64_t, 12>& q, int threads) {

@@ -267,17 +267,18 @@ Packed<acc_t<in_t>> pack_all_columns(acc_t<in_t>* dst, const in_t* src, int64_t 
 // c [row_end − row_begin, width] = rows row_begin.. of `a` times the panel of `b` that begins at column `begin`, over
 // their common depth. row_begin is a multiple of MR; row_end is rounded up to one, so c must have room. With LOWER, for
 // the triangle of a product of a matrix with itself from the diagonal down (row_begin = begin), entries right of the
-// diagonal may be left unwritten.
+// diagonal may be left unwritten. With accumulate, the product is added to c.
 template <bool LOWER = false, typename acc>
 void strip_product(const Packed<acc>& a, int64_t row_begin, int64_t row_end, const Packed<acc>& b, int64_t begin,
-                   acc* c) {
+                   acc* c, bool accumulate = false) {
   int64_t width = b.width(begin), k0 = 0;
   do {
     int64_t n = min_of(DEPTH, b.depth - k0);
     const acc* panel = b.data + begin * b.depth + k0 * width;
     for (int64_t row = row_begin; row < row_end; row += MR<acc>) {
       int64_t reach = LOWER ? min_of(width, round_up(row - row_begin + MR<acc>, LANES<acc>)) : width;
-      tile_product<acc>(reach, n, a.rows(row, k0), panel, width, c + (row - row_begin) * width, width, k0 > 0);
+      tile_product<acc>(reach, n, a.rows(row, k0), panel, width, c + (row - row_begin) * width, width,
+                        accumulate || k0 > 0);
     }
     k0 += DEPTH;
   } while (k0 < b.depth);

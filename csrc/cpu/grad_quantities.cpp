@@ -14,6 +14,7 @@ namespace {
 thread_local Scratch columns_scratch, rows_scratch, example_scratch;
 
 constexpr int64_t MOST_ROWS = 64;
+constexpr int64_t BLOCK_DEPTH = 128;
 constexpr int64_t STRIP_BYTES = 256 << 10;  // both strips of a block: half an L2 cache
 
 // One factor and the columns it meets: [projection | centres, rank by rank], packed over the F features.
@@ -67,7 +68,7 @@ template <typename in_t> void pack_panel(const Side<in_t>& side, int64_t begin) 
 struct Rows { int64_t first, count, T; };
 
 // strip [count, strip_width] = rows · columns + constants, and sqnorm[r] = ‖row r‖² unless null. converted holds
-// count × DEPTH elements where the factors are of a half type.
+// count × BLOCK_DEPTH elements where the factors are of a half type.
 template <typename in_t>
 void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, acc_t<in_t>* sqnorm,
              acc_t<in_t>* converted) {
@@ -82,24 +83,24 @@ void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, acc_
     memcpy(strip + r * ld, side.constants(), size_t(side.identity_begin()) * sizeof(acc));
   if (sqnorm)
     for (int64_t r = 0; r < block.count; ++r) sqnorm[r] = 0;
-  for (int64_t k0 = 0; k0 < F; k0 += DEPTH) {
-    int64_t n = min_of(DEPTH, F - k0);
+  for (int64_t k0 = 0; k0 < F; k0 += BLOCK_DEPTH) {
+    int64_t n = min_of(BLOCK_DEPTH, F - k0);
     bool ready = as_accumulator(side.rows) != nullptr;
     if (!ready && columns)
-      for (int64_t r = 0; r < block.count; ++r) convert(row(r) + k0, converted + r * DEPTH, n);
+      for (int64_t r = 0; r < block.count; ++r) convert(row(r) + k0, converted + r * BLOCK_DEPTH, n);
     if (sqnorm)
       for (int64_t r = 0; r < block.count; ++r)
-        sqnorm[r] += ready || !columns ? row_sqnorm(row(r) + k0, n) : row_sqnorm(converted + r * DEPTH, n);
+        sqnorm[r] += ready || !columns ? row_sqnorm(row(r) + k0, n) : row_sqnorm(converted + r * BLOCK_DEPTH, n);
     for (int64_t begin = 0; begin < columns; begin += NR<acc>) {
       int64_t width = Panels<acc>{columns}.width(begin);
       const acc* panel = side.packed + begin * F + k0 * width;
       for (int64_t r = 0; r < block.count; r += M) {
         RowPointers<acc> a;
         for (int64_t i = 0; i < M; ++i)
-          a.p[i] = ready ? as_accumulator(row(r + i)) + k0 : converted + min_of(r + i, block.count - 1) * DEPTH;
+          a.p[i] = ready ? as_accumulator(row(r + i)) + k0 : converted + min_of(r + i, block.count - 1) * BLOCK_DEPTH;
         if (ready && begin == 0 && k0 + n < F)  // the same rows' next block comes from memory meanwhile
           for (int64_t i = 0; i < M; ++i)
-            for (int64_t k = 0; k < DEPTH; k += 64 / int64_t(sizeof(acc))) __builtin_prefetch(a.p[i] + n + k);
+            for (int64_t k = 0; k < BLOCK_DEPTH; k += 64 / int64_t(sizeof(acc))) __builtin_prefetch(a.p[i] + n + k);
         tile_product<acc>(width, n, a, panel, width, strip + r * ld + begin, ld, true);
       }
     }
@@ -178,7 +179,7 @@ template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, con
         pack_panel(D, (c - A_panels) * NR<acc>);
     }
     // Tiles read up to NR columns past a strip's last row.
-    acc* A_strip = rows_scratch.get<acc>((A_ld + D_ld) * most + 2 * NR<acc> + 2 * most + most * DEPTH);
+    acc* A_strip = rows_scratch.get<acc>((A_ld + D_ld) * most + 2 * NR<acc> + 2 * most + most * BLOCK_DEPTH);
     acc *D_strip = A_strip + A_ld * most + NR<acc>, *A_sqnorm = D_strip + D_ld * most + NR<acc>;
     acc *D_sqnorm = A_sqnorm + most, *converted = D_sqnorm + most;
 #pragma omp for schedule(dynamic)

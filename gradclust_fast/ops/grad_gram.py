@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
-from ._checks import accumulator, check_factors
+from ._checks import accumulator, as_rows, check_factors
+from ._linear import cpu_refuses
 
 
 def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
@@ -49,3 +50,15 @@ _op = Op(
     fake=_fake,
     reference=reference.grad_gram.grad_gram,
 )
+
+
+def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return cpu_refuses(act)
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "pairs of examples below the diagonal, summed in cache")
+def grad_gram_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    out = _fake(act, grad, bias)
+    act, grad = as_rows(act), as_rows(grad)
+    _native._C.grad_gram_cpu(_native.linear(act, grad, bias), out.data_ptr(), _native.num_threads())
+    return out

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
-from ._checks import accumulator, check_factors, in_features
+from ._checks import accumulator, as_rows, check_factors, in_features
+from ._linear import cpu_refuses
 
 
 def grad_moments(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -52,3 +53,22 @@ _op = Op(
     fake=_fake,
     reference=reference.grad_moments.grad_moments,
 )
+
+
+def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return cpu_refuses(act)
+
+
+def _cpu_route(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str:
+    if act.shape[1:-1].numel() == 1:
+        return "two products, the second of the squares"
+    return "one gradient at a time, strip by strip, added and squared in cache"
+
+
+@_op.kernel("cpu", refuses=_cpu_refuses, route=_cpu_route)
+def grad_moments_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    first, second = _fake(act, grad, bias)
+    act, grad = as_rows(act), as_rows(grad)
+    factors = _native.linear(act, grad, bias)
+    _native._C.grad_moments_cpu(factors, first.data_ptr(), second.data_ptr(), _native.num_threads())
+    return first, second

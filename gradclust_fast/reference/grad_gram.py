@@ -6,6 +6,9 @@ import torch
 
 from .common import upcast
 
+CHUNK = 1 << 24
+"""Elements of all examples' G held at a time."""
+
 
 def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     """⟨G_b, G_c⟩ = Σ_{s,t} (act[b, s]·act[c, t]) (grad[b, s]·grad[c, t]), centred within each example.
@@ -23,8 +26,11 @@ def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor
         return (act[:, 0] @ act[:, 0].mT) * (grad[:, 0] @ grad[:, 0].mT)
     I, O = act.shape[2], grad.shape[2]
     if B * T * (I + O) > (B + 2 * T) * I * O:  # FLOPs of the two ways
-        G = (grad.mT @ act).reshape(B, O * I)
-        return G @ G.mT
+        gram = act.new_zeros(B, B)
+        for part in grad.split(max(1, CHUNK // max(1, B * I)), 2):  # rows of G, of all examples
+            G = (part.mT @ act).flatten(1)
+            gram += G @ G.mT
+        return gram
     mean = act.mean(1, keepdim=True)
     act = torch.cat([act - mean, mean], 1)  # [B, T + 1, I]
     grad = torch.cat([grad, grad.sum(1, keepdim=True)], 1)
