@@ -219,10 +219,10 @@ def compare_estimators(
         "device": model_device(model) if device is None else torch.device(device),
         "loading": loading,
     }
-    snapshots = {id(e): _snapshot(model, e) for e in estimators if isinstance(e, SVRG)}
-    differences = {key: Difference(snapshot, Sums(shapes)) for key, snapshot in snapshots.items()}
+    svrg = {id(e.snapshot): e for e in estimators if isinstance(e, SVRG)}
+    differences = {key: Difference(_snapshot(model, e), Sums(shapes)) for key, e in svrg.items()}
     with ExitStack() as stack:
-        for module in [model, *{id(m): m for m in snapshots.values()}.values()]:
+        for module in [model, *(d.snapshot for d in differences.values())]:
             stack.enter_context(untouched(module, mode))
         sums: Sums | None = None
         variances: dict[int, tuple[PerParameter, PerParameter | None]] = {}
@@ -241,13 +241,15 @@ def compare_estimators(
         stats = _stats(sums, N, _mode_notes(model, mode))
         rows = []
         for position, estimator in enumerate(estimators):
-            offset = None
+            snapshot, offset = None, None
             if isinstance(estimator, Stratified):
                 variance, between = variances[id(estimator)]
             elif isinstance(estimator, Uniform):
                 of_one, between = stats.coordinate_variance, None
                 if isinstance(estimator, SVRG):
-                    change, of_one = differences[id(estimator)].sums.centred(N)
+                    difference = differences[id(estimator.snapshot)]
+                    change, of_one = difference.sums.centred(N)
+                    snapshot = difference.snapshot
                     offset = {name: stats.mean[name] - change[name] for name in change}
                 variance = {name: estimator.factor(N) * value for name, value in of_one.items()}
             row = _row(estimator, variance, between, stats)
@@ -259,7 +261,7 @@ def compare_estimators(
                     stats.mean,
                     draws=monte_carlo,
                     seed=[seed, position],
-                    snapshot=snapshots.get(id(estimator)),
+                    snapshot=snapshot,
                     snapshot_mean=offset,
                     **common,
                 )
