@@ -10,6 +10,7 @@
 #include <string>
 
 #include "cluster.h"
+#include "conv_sqnorm.h"
 #include "grad_gram.h"
 #include "grad_moments.h"
 #include "grad_quantities.h"
@@ -69,6 +70,21 @@ using LinearTuple = std::array<int64_t, 12>;
 LinearFactors linear(const LinearTuple& t) {
   return {pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8], t[9],
           t[10], t[11] != 0};
+}
+
+// (act, grad, dtype, B, C, O, groups, bias, size, out, kernel, stride, pad, dilation: 3 each, act and grad strides: 5)
+using ConvTuple = std::array<int64_t, 36>;
+
+ConvFactors conv(const ConvTuple& t) {
+  ConvFactors f{pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7] != 0,
+                {}, {}, {}, {}, {}, {}, {}, {}};
+  int64_t* const triples[] = {f.size, f.out, f.kernel, f.stride, f.pad, f.dilation};
+  const int64_t* next = t.data() + 8;
+  for (int64_t* triple : triples)
+    for (int i = 0; i < 3; ++i) triple[i] = *next++;
+  for (int64_t* strides : {f.act_stride, f.grad_stride})
+    for (int i = 0; i < 5; ++i) strides[i] = *next++;
+  return f;
 }
 
 [[maybe_unused]] void raise_if(const char* error) {
@@ -135,6 +151,12 @@ void bind_cluster(py::module_& m) {
   }, nogil());
 }
 
+void bind_conv(py::module_& m) {
+  m.def("conv_sqnorm_cpu", [](const ConvTuple& f, int route, uintptr_t out, int threads) {
+    PICK(conv_sqnorm_cpu)(conv(f), ConvRoute(route), pointer(out), threads);
+  }, nogil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -155,4 +177,5 @@ PYBIND11_MODULE(_C, m) {
   m.attr("cuda_archs") = GRADCLUST_CUDA_ARCHS;
   bind_linear(m);
   bind_cluster(m);
+  bind_conv(m);
 }

@@ -18,4 +18,17 @@ struct LinearFactors {
   bool bias;
 };
 
+// Factors of the per-example gradients of one convolution: act [B, C, *size], grad [B, O, *out], G_b [O, C/groups·kernel].
+// Always three spatial dimensions; 1-d and 2-d layers have leading ones. pad is the zeros before each dimension (those
+// after follow from out). Strides count elements: example, channel, then the spatial dimensions.
+struct ConvFactors {
+  const void* act;
+  const void* grad;
+  DType dtype;
+  int64_t B, C, O, groups;
+  bool bias;
+  int64_t size[3], out[3], kernel[3], stride[3], pad[3], dilation[3];
+  int64_t act_stride[5], grad_stride[5];
+};
+
 }  // namespace gradclust

@@ -9,6 +9,7 @@ import importlib
 import importlib.util
 import os
 import platform
+from collections.abc import Sequence
 from typing import Any
 
 import torch  # before _C, so that both share one OpenMP thread pool
@@ -122,3 +123,24 @@ def with_workspace(function: Any, *args: Any, threads: int) -> None:
     """Calls a native function that first tells how many bytes it needs, then works in them."""
     workspace = torch.empty(max(1, function(*args, 0, threads)), dtype=torch.uint8)
     function(*args, workspace.data_ptr(), threads)
+
+
+def conv(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> tuple[int, ...]:
+    """csrc/bindings.cpp:ConvTuple of act [B, C, *size] and grad [B, O, *out], any strides; always three dimensions."""
+    missing = 3 - len(kernel_size)
+    one, zero = (1,) * missing, (0,) * missing
+    a, g = act.stride(), grad.stride()
+    return (
+        act.data_ptr(), grad.data_ptr(), DTYPES[act.dtype], act.shape[0], act.shape[1], grad.shape[1], groups,
+        int(bias), *one, *act.shape[2:], *one, *grad.shape[2:], *one, *kernel_size, *one, *stride, *zero,
+        *padding[::2], *one, *dilation, *a[:2], *zero, *a[2:], *g[:2], *zero, *g[2:],
+    )  # fmt: skip

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass, field
 
 import pytest
@@ -25,7 +26,9 @@ class Case:
         geometry = {k: v for k, v in self.geometry.items() if k != "groups"}
         layer = [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d][len(self.size) - 1](1, 1, **geometry)
         try:
-            return list(layer(torch.zeros(1, 1, *self.size)).shape[2:])
+            with warnings.catch_warnings():
+                warnings.filterwarnings("ignore", "Using padding='same'")
+                return list(layer(torch.zeros(1, 1, *self.size)).shape[2:])
         except RuntimeError:  # the kernel does not fit: no positions
             return [0] * len(self.size)
 
@@ -58,4 +61,11 @@ GRID = [
     case(2, 5, 4, (6, 6), "reflect-same", kernel_size=4, padding="same", padding_mode="reflect"),
     case(3, 5, 6, (17,), "1d", kernel_size=4, stride=2, padding=3, dilation=2),
     case(2, 4, 6, (5, 4, 6), "3d", kernel_size=(3, 2, 3), stride=(1, 2, 1), padding=(1, 0, 2), groups=2),
+]
+
+# Half types meet the bias only: their kernels differ from float32's in how numbers are read, nothing else.
+DTYPE_AND_BIAS = [
+    pytest.param(dtype, bias, id=f"{dtype}{'-bias' if bias else ''}".removeprefix("torch."))
+    for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+    for bias in ((False, True) if dtype in (torch.float32, torch.float64) else (True,))
 ]

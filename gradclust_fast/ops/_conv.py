@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 
-from ._checks import FLOATS, accumulator, check_like, shape
+from ._checks import FLOATS, check_auxiliary, check_like, shape
 
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool bias"
 """The part of a conv op's schema that follows its tensors."""
@@ -150,14 +150,6 @@ def features(act: torch.Tensor, kernel_size: Sequence[int], groups: int, bias: b
     for k in kernel_size:
         I *= k
     return I + bool(bias)
-
-
-def check_auxiliary(name: str, tensor: torch.Tensor, act: torch.Tensor) -> None:
-    """A matrix that every example meets (a projection, a centre): act's dtype or the accumulator's, act's device."""
-    if tensor.dtype not in (act.dtype, accumulator(act.dtype)):
-        raise TypeError(f"{name} must be {act.dtype} like act or {accumulator(act.dtype)}, got {tensor.dtype}; cast it")
-    if tensor.device != act.device:
-        raise ValueError(f"{name} must be on {act.device} like act, got {tensor.device}; move one of them")
 
 
 def check_conv_sides(
