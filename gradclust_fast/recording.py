@@ -271,7 +271,10 @@ class record(Watch):
             if rows.grad_sqnorm is None:
                 raise RuntimeError(f"noise_scale() needs the batch gradient, but {self._no_grad_sqnorm}")
             batch = float(rows.grad_sqnorm) * (rows.factor / rows.B) ** 2
-            mean = sum(float(norms.double().sum()) for norms in rows.sq_norms.values()) / rows.B
+            total: Any = None
+            for norms in rows.sq_norms.values():
+                total = _added(total, norms.sum(dtype=torch.float64))
+            mean = float(total) / rows.B
             traces.append(rows.B * (mean - batch) / (rows.B - 1))
             sqnorms.append((rows.B * batch - mean) / (rows.B - 1))
         return NoiseScale(sum(traces) / len(traces), sum(sqnorms) / len(sqnorms))
