@@ -149,7 +149,7 @@ class DenseFactors(Factors):
     def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
         out = self.grads.reshape(self.B, *self.matrix_shape)  # [B, rows, cols]
         if left is not None:
-            out = left.to(out.dtype).mT @ out
+            out = (out.mT @ left.to(out.dtype)).mT  # one matrix product; left.mT @ out would be B of them
         return out if right is None else out @ right.to(out.dtype)
 
     def dot(self, center_rows: torch.Tensor, center_cols: torch.Tensor) -> torch.Tensor:
