@@ -83,3 +83,10 @@ def test_backward_raises(backend):
 def test_opcheck(positions):
     act, grad = factors(3, positions, 5, 4, torch.float32)
     torch.library.opcheck(torch.ops.gradclust_fast.grad_gram.default, (act, grad, True))
+
+
+def test_auto_makes_gradients_in_pieces_when_pairs_of_positions_cost_more():
+    long = torch.ones(4, 400, 8), torch.ones(4, 400, 8)
+    choice = gf.explain("grad_gram", *long)
+    assert choice.backend == "reference" and (choice.others.get("cpu") or "").strip()
+    torch.testing.assert_close(gf.ops.grad_gram(*long), gram(linear_grads(*long)).float())

@@ -1,5 +1,9 @@
 from __future__ import annotations
 
+import multiprocessing
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import pytest
 import torch
 from linear_cases import GRID, WRONG_FACTORS, eager_grads, factors, near_constant_factors, strided_factors
@@ -7,6 +11,7 @@ from oracle import linear_grads
 from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
+from gradclust_fast import _native
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -73,3 +78,46 @@ def test_backward_raises(backend):
 def test_opcheck(positions):
     act, grad = factors(3, positions, 5, 4, torch.float32)
     torch.library.opcheck(torch.ops.gradclust_fast.grad_sqnorm.default, (act, grad, True))
+
+
+@pytest.mark.parametrize("T, I, O, name", [(4, 64, 64, "Gram"), (300, 8, 8, "direct"), (1, 8, 8, "rank 1")])
+def test_explain_names_the_route(T, I, O, name):
+    if _native.cpu_unavailable():
+        pytest.skip(_native.cpu_unavailable())
+    choice = gf.explain("grad_sqnorm", torch.ones(2, T, I), torch.ones(2, T, O))
+    assert choice.backend == "cpu" and name in choice.route
+
+
+def _child(act, grad, queue):
+    with gf.backend("cpu"):
+        queue.put((_native.num_threads(), gf.ops.grad_sqnorm(act, grad).tolist()))
+
+
+@pytest.mark.skipif(not hasattr(os, "fork") or _native.cpu_unavailable() is not None, reason="needs fork and _C")
+@pytest.mark.filterwarnings("ignore:.*fork:DeprecationWarning")
+def test_kernel_runs_in_a_forked_child_after_the_parent_used_threads():
+    act, grad = factors(6, (7,), 20, 11, torch.float32)
+    with gf.backend("cpu"):
+        before = gf.ops.grad_sqnorm(act, grad).tolist()
+    context = multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    child = context.Process(target=_child, args=(act, grad, queue), daemon=True)
+    child.start()
+    child.join(60)
+    hung = child.exitcode is None
+    child.kill()
+    assert not hung and child.exitcode == 0
+    assert queue.get() == (1, before)
+
+
+def test_new_python_threads_give_the_same_bits(backend):
+    act, grad = factors(6, (7,), 20, 11, torch.float32)
+    first = gf.ops.grad_sqnorm(act, grad)
+    name = backend
+
+    def work(_):
+        with gf.backend(name):
+            return gf.ops.grad_sqnorm(act, grad)
+
+    with ThreadPoolExecutor(3) as pool:
+        assert all(torch.equal(out, first) for out in pool.map(work, range(6)))

@@ -16,7 +16,7 @@ constexpr int64_t GROUP_POSITIONS = 96;
 
 template <typename in_t> void grad_gram_kernel(const LinearFactors& f, acc_t<in_t>* out, int threads) {
   using acc = acc_t<in_t>;
-  constexpr int64_t L = LANES<acc>, N = NR<acc>;
+  constexpr int64_t L = LANES<acc>, N = NR<acc>, M = MR<acc>;
   const int64_t B = f.B, T = f.T, I = f.I, O = f.O, wide = I + f.bias;
   // A sequence gets its deviations from the mean, and the mean with Σ_t D[t] as one more position: the same G, and no
   // cancellation where activations hardly vary.
@@ -69,13 +69,17 @@ template <typename in_t> void grad_gram_kernel(const LinearFactors& f, acc_t<in_
         Packed<acc> A_columns = group_of(column, true), D_columns = group_of(column, false);
         for (int64_t begin = 0; begin < A_columns.columns; begin += N) {
           int64_t width = A_columns.width(begin), valid = min_of(width, A_columns.columns - begin);
-          strip_product(A, 0, A.columns, A_columns, begin, act_strip);
-          strip_product(D, 0, D.columns, D_columns, begin, grad_strip);
-          for (int64_t e = 0; e < A.columns / positions; ++e) {
+          // In a group's product with itself the examples before this panel's first one are known by symmetry.
+          int64_t first = row == column ? begin / positions : 0, first_row = first * positions / M * M;
+          strip_product(A, first_row, A.columns, A_columns, begin, act_strip);
+          strip_product(D, first_row, D.columns, D_columns, begin, grad_strip);
+          for (int64_t e = first; e < A.columns / positions; ++e) {
             for (int64_t j = 0; j < width; j += L) {
               vec_t<acc> sum = {};
-              for (int64_t i = e * positions * width + j; i < (e + 1) * positions * width; i += width)
+              for (int64_t t = 0; t < positions; ++t) {
+                int64_t i = (e * positions + t - first_row) * width + j;
                 sum += load_vec(act_strip + i) * load_vec(grad_strip + i);
+              }
               store_vec(sums + j, sum);
             }
             acc* to = out + (row * examples + e) * B + column * examples;

@@ -56,7 +56,20 @@ def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | Non
     return cpu_refuses(act)
 
 
-@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "pairs of examples below the diagonal, summed in cache")
+def _cpu_loses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    B, T, I, O = act.shape[0], act.shape[1:-1].numel(), act.shape[-1], grad.shape[-1]
+    pairs, stored = B * B * T * T * (I + O), 2 * B * T * I * O + 2 * B * B * I * O
+    if stored < pairs:
+        return f"{pairs:.3g} FLOPs over pairs of positions; {stored:.3g} by making G a few rows at a time"
+    return None
+
+
+@_op.kernel(
+    "cpu",
+    refuses=_cpu_refuses,
+    loses=_cpu_loses,
+    route=lambda *_: "pairs of examples below the diagonal, summed in cache",
+)
 def grad_gram_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     out = _fake(act, grad, bias)
     act, grad = as_rows(act), as_rows(grad)

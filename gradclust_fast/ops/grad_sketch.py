@@ -72,7 +72,20 @@ def _cpu_refuses(
     return cpu_refuses(act)
 
 
-@_op.kernel("cpu", refuses=_cpu_refuses, route=lambda *_: "both projections of a block of rows, multiplied in cache")
+def _cpu_loses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> str | None:
+    if left is None and right is None:
+        return "with two identity sides the result is G_b itself, which torch's batched product makes faster"
+    return None
+
+
+@_op.kernel(
+    "cpu",
+    refuses=_cpu_refuses,
+    loses=_cpu_loses,
+    route=lambda *_: "both projections of a block of rows, multiplied in cache",
+)
 def grad_sketch_cpu(
     act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
 ) -> torch.Tensor:

@@ -25,7 +25,7 @@ def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor
     if T == 1:
         return (act[:, 0] @ act[:, 0].mT) * (grad[:, 0] @ grad[:, 0].mT)
     I, O = act.shape[2], grad.shape[2]
-    if B * T * (I + O) > (B + 2 * T) * I * O:  # FLOPs of the two ways
+    if B * T * T * (I + O) > (T + B) * I * O:  # FLOPs of the two ways
         gram = act.new_zeros(B, B)
         for part in grad.split(max(1, CHUNK // max(1, B * I)), 2):  # rows of G, of all examples
             G = (part.mT @ act).flatten(1)
