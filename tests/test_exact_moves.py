@@ -87,7 +87,7 @@ def test_all_backends_move_alike(backend, kind):
 @pytest.mark.parametrize("extra", [0, 1, 3])
 @pytest.mark.parametrize("grid", [False, True])
 def test_as_many_clusters_as_distinct_points_reach_zero_from_any_start(backend, grid, extra):
-    for trial in range(40):
+    for trial in range(12 if backend == "reference" else 60):
         torch.manual_seed(trial)
         distinct = torch.randint(-3, 4, (6, 2)).double() if grid else torch.randn(6, 2)
         distinct = distinct.unique(dim=0)
@@ -126,10 +126,11 @@ def test_random_equal_strata_start_where_theory_says(backend):
     points = torch.randn(N, 2, dtype=torch.float64)
     sigma2 = float((points - points.mean(0)).square().sum(1).mean())
     total = 0.0
-    for _ in range(400):
+    trials = 100 if backend == "reference" else 1000
+    for _ in range(trials):
         labels = torch.randperm(N) % K
         total += float(gf.ops.exact_moves(points, labels, K)[1]) / N**2
-    assert total / 400 == pytest.approx(sigma2 / K * (N - K) / (N - 1), rel=0.05)
+    assert total / trials == pytest.approx(sigma2 / K * (N - K) / (N - 1), rel=0.05)
 
 
 def test_one_cluster_and_a_cluster_each(backend):

@@ -21,19 +21,19 @@ constexpr float INFINITE = __builtin_inff();
 
 // A sum and what its rounding lost, after every step with |low| at most half a unit of high's last place.
 struct Pair { double high = 0, low = 0; };
-GRADCLUST_INLINE void add(Pair& sum, double x) {
-  double total = sum.high + x, part = total - sum.high;
-  double low = sum.low + ((sum.high - (total - part)) + (x - part));
-  sum.high = total + low;
-  sum.low = low - (sum.high - total);
+template <typename T> GRADCLUST_INLINE void add(T& high, T& low, T x) {
+  T total = high + x, part = total - high;
+  T rest = low + ((high - (total - part)) + (x - part));
+  high = total + rest;
+  low = rest - (high - total);
 }
+GRADCLUST_INLINE void add(Pair& sum, double x) { add(sum.high, sum.low, x); }
 GRADCLUST_INLINE void add(double* high, double* low, const double* x, double sign, int64_t n) {
   for (int64_t r = 0; r < n; r += L64) {
-    vec_t<double> h = load_vec(high + r), v = sign * load_vec(x + r), total = h + v, part = total - h;
-    vec_t<double> rest = load_vec(low + r) + ((h - (total - part)) + (v - part));
-    vec_t<double> rounded = total + rest;
-    store_vec(high + r, rounded);
-    store_vec(low + r, rest - (rounded - total));
+    vec_t<double> h = load_vec(high + r), l = load_vec(low + r);
+    add(h, l, sign * load_vec(x + r));
+    store_vec(high + r, h);
+    store_vec(low + r, l);
   }
 }
 
@@ -63,13 +63,14 @@ struct ExactMoves {
   double *sqnorm, *sum, *sum_low, *part, *part_low, *objective, *scratch;
   Pair *square, *part_square;  // Q_k
   // float32 side, everything times a power of two so that the longest row has length at most 1:
-  float *panels, *x, *dots, *x_sqnorm;
+  float *center_f32, *panels, *x, *dots, *x_sqnorm;
   float *low_n, *low_q, *high_n, *high_q;  // cost of cluster k for x lies in [low, high]: n·‖x‖² + q − 2·dot
   double *gross_n, *gross_q;               // N_k and Q_k as if rows that left since the block began still counted
   int64_t* changed;                        // clusters whose panel column is out of date
   unsigned char* is_changed;
   int64_t num_changed = 0;
   double scale = 1, error = 0, tie = 0;
+  bool narrow = true;  // the shifted points and their scale are well inside float32's range
   Team team;
 
   ExactMoves(const Rows& points, const double* center, const int64_t* order, int64_t K, int64_t* labels, int threads,
@@ -89,9 +90,10 @@ struct ExactMoves {
     part = arena.take<double>(max_pieces * padded_R);
     part_low = arena.take<double>(max_pieces * padded_R);
     objective = arena.take<double>(K);
-    scratch = arena.take<double>(threads * (GROUP + 2) * padded_R);
+    scratch = arena.take<double>(threads * 3 * padded_R);
     square = arena.take<Pair>(K);
     part_square = arena.take<Pair>(max_pieces);
+    center_f32 = arena.take<float>(R);
     panels = arena.take<float>(width * R);
     x = arena.take<float>(LONGEST * padded_R);
     dots = arena.take<float>(LONGEST * width);
@@ -117,14 +119,28 @@ struct ExactMoves {
     return 0;
 #endif
   }
-  double* own_scratch() const { return scratch + thread() * (GROUP + 2) * padded_R; }
+  double* own_scratch() const { return scratch + thread() * 3 * padded_R; }
 
-  // Row i, shifted and scaled, as out_t; padded with zeros.
-  template <typename out_t> void load_row(int64_t i, out_t* out, double factor = 1) const {
+  // Row i, shifted; padded with zeros.
+  void load_row(int64_t i, double* out) const {
     dispatch(points.dtype, [&](auto zero) {
       using in_t = decltype(zero);
       const in_t* row = static_cast<const in_t*>(points.data) + i * points.stride;
-      for (int64_t r = 0; r < R; ++r) out[r] = out_t((double(load(row[r])) - center[r]) * factor);
+      for (int64_t r = 0; r < R; ++r) out[r] = double(load(row[r])) - center[r];
+    });
+    for (int64_t r = R; r < padded_R; ++r) out[r] = 0;
+  }
+  // Row i, shifted and scaled. center has values of the points' own type: where nothing overflows a float32 difference is
+  // the float64 one rounded.
+  void load_row_f32(int64_t i, float* out) const {
+    dispatch(points.dtype, [&](auto zero) {
+      using in_t = decltype(zero);
+      const in_t* row = static_cast<const in_t*>(points.data) + i * points.stride;
+      if (sizeof(in_t) < 8 && narrow) {
+        for (int64_t r = 0; r < R; ++r) out[r] = (float(load(row[r])) - center_f32[r]) * float(scale);
+      } else {
+        for (int64_t r = 0; r < R; ++r) out[r] = float((double(load(row[r])) - center[r]) * scale);
+      }
     });
     for (int64_t r = R; r < padded_R; ++r) out[r] = 0;
   }
@@ -161,30 +177,60 @@ struct ExactMoves {
   }
 
   void sum_piece(const Piece& piece, double* high, double* low, Pair& squares) {
-    double* buffer = own_scratch();
     memset(high, 0, padded_R * sizeof(double));
     memset(low, 0, padded_R * sizeof(double));
     squares = {};
-    for (int64_t m = piece.begin; m < piece.end; m += GROUP) {
-      int64_t n = piece.end - m < GROUP ? piece.end - m : GROUP;
-      double squares_of_group = 0;
-      for (int64_t j = 0; j < n; ++j) {
-        double* row = buffer + j * padded_R;
-        int64_t ahead = m + j + 2 * GROUP < N ? m + j + 2 * GROUP : N - 1;
-        for (int64_t line = 0; line < row_lines(); ++line) __builtin_prefetch(address(rows[ahead]) + 64 * line);
-        load_row(rows[m + j], row);
-        squares_of_group += sqnorm[rows[m + j]] = dot(row, row, padded_R);
-      }
-      if (n < GROUP) memset(buffer + n * padded_R, 0, (GROUP - n) * padded_R * sizeof(double));
-      for (int64_t r = 0; r < padded_R; r += L64) {
-        const double* at = buffer + r;
-        vec_t<double> of_group = (load_vec(at) + load_vec(at + padded_R)) +
-                                 (load_vec(at + 2 * padded_R) + load_vec(at + 3 * padded_R));
-        store_vec(buffer + r, of_group);
-      }
-      add(high, low, buffer, 1, padded_R);
-      add(squares, squares_of_group);
+    dispatch(points.dtype, [&](auto zero) {
+      using in_t = decltype(zero);
+      int64_t m = piece.begin;
+      for (; m + GROUP <= piece.end; m += GROUP) sum_group<in_t, GROUP>(rows + m, high, low, squares);
+      for (; m < piece.end; ++m) sum_group<in_t, 1>(rows + m, high, low, squares);
+    });
+  }
+
+  template <typename in_t, int n> void sum_group(const int64_t* group, double* high, double* low, Pair& squares) {
+    const in_t* row[n];
+    vec_t<double> sum_of_squares[n] = {};
+    for (int j = 0; j < n; ++j) {
+      row[j] = reinterpret_cast<const in_t*>(address(group[j]));
+      const int64_t* ahead = group + j + 2 * GROUP < rows + N ? group + j + 2 * GROUP : rows + N - 1;
+      for (int64_t line = 0; line < row_lines(); ++line) __builtin_prefetch(address(*ahead) + 64 * line);
     }
+    for (int64_t r = 0; r < padded_R; r += L64) {
+      vec_t<double> value[n], of_group = {};
+#pragma GCC unroll 4
+      for (int j = 0; j < n; ++j) {
+        value[j] = load_shifted(row[j], r);
+        sum_of_squares[j] += value[j] * value[j];
+        of_group = j ? of_group + value[j] : value[j];
+      }
+      vec_t<double> h = load_vec(high + r), l = load_vec(low + r);
+      add(h, l, of_group);
+      store_vec(high + r, h);
+      store_vec(low + r, l);
+    }
+    for (int j = 0; j < n; ++j) {
+      sqnorm[group[j]] = sum_lanes<double>(sum_of_squares[j]);
+      add(squares, sqnorm[group[j]]);
+    }
+  }
+
+  // L64 entries of a row from r on, shifted; zeros past its end.
+  template <typename in_t> inline __attribute__((always_inline)) vec_t<double> load_shifted(const in_t* row, int64_t r) const {
+    vec_t<double> value = {};
+    if (r + L64 > R) {
+      for (int lane = 0; r + lane < R; ++lane) value[lane] = double(load(row[r + lane])) - center[r + lane];
+      return value;
+    }
+    if constexpr (sizeof(in_t) == 8) {
+      value = load_vec(reinterpret_cast<const double*>(row) + r);
+    } else if constexpr (sizeof(in_t) == 4) {
+      typedef float half_vector __attribute__((vector_size(GRADCLUST_VECTOR_BYTES / 2), aligned(4), may_alias));
+      value = __builtin_convertvector(*reinterpret_cast<const half_vector*>(row + r), vec_t<double>);
+    } else {
+      for (int lane = 0; lane < L64; ++lane) value[lane] = double(load(row[r + lane]));
+    }
+    return value - load_vec(center + r);
   }
 
   // J of the statistics, or of the rows themselves where N_k·Q_k − ‖s_k‖² would lose too many digits.
@@ -234,8 +280,10 @@ struct ExactMoves {
     }
     if (largest > 0) {
       int exponent = __builtin_ilogb(largest) / 2 + 1;
+      narrow = exponent > -100 && exponent < 100;
       scale = __builtin_ldexp(1.0, -exponent);
     }
+    for (int64_t r = 0; r < R; ++r) center_f32[r] = float(center[r]);
     return true;
   }
 
@@ -270,7 +318,7 @@ struct ExactMoves {
     team.run((length + CHUNK - 1) / CHUNK, [&](int64_t chunk) {
       int64_t p = chunk * CHUNK, end = p + CHUNK < length ? p + CHUNK : length, padded = round_up(end - p, TILE_ROWS);
       for (int64_t i = p; i < end; ++i) {
-        load_row(order[first + i], x + i * padded_R, scale);
+        load_row_f32(order[first + i], x + i * padded_R);
         x_sqnorm[i] = float(sqnorm[order[first + i]] * scale * scale);
       }
       memset(x + end * padded_R, 0, (p + padded - end) * padded_R * sizeof(float));

@@ -1,0 +1,31 @@
+"""A sweep of exact moves against one matrix product of the same size: its first sweep, and one with few moves left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+import gradclust_fast as gf
+from bench.harness import Case
+
+
+def cases() -> Iterator[Case]:
+    N, R, K = 60_000, 256, 128
+    groups = torch.randn(200, R)[torch.randint(0, 200, (N,))]
+    points = groups * torch.rand(N, 1) + torch.randn(N, R) / 2
+    centers = torch.randn(K, R)
+    start = torch.randint(0, K, (N,))
+    late = start
+    for seed in range(12):
+        late = gf.ops.exact_moves(points, late, K, seed)[0]
+    for name, labels in (("first sweep", start), ("late sweep", late)):
+        rate = float(gf.ops.exact_moves(points, labels, K, 12)[3]) / N
+        yield Case(
+            "exact_moves",
+            f"N={N} R={R} K={K} float32, {name}, {100 * rate:.1f} % move",
+            lambda labels=labels: gf.ops.exact_moves(points, labels, K, 12),
+            {"one sgemm (no algorithm)": lambda: points @ centers.T},
+            flops=2 * N * R * K,
+            bytes=4 * N * R + 16 * N,
+        )
