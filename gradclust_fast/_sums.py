@@ -126,12 +126,11 @@ class GroupedSums(Sums):
     def _fold(self, name: str, stratum: int, first: Tensor, second: Tensor) -> None:
         self.add(name, first, second)
         N_k = int(self.counts[stratum])
-        mean = first.div_(N_k)
-        variance = second.div_(N_k).addcmul_(mean, mean, value=-1)
         for plan, within, between in zip(self.plans, self.within, self.between):
-            within[name].add_(variance, alpha=float(plan.within_factor[stratum]))
+            factor = float(plan.within_factor[stratum]) / N_k  # of S_k = Σ g∘g − (Σ g)²/N_k
+            within[name].add_(second, alpha=factor).addcmul_(first, first, value=-factor / N_k)
             if between is not None:
-                between.add(name, stratum, mean)
+                between.add(name, stratum, first, N_k)
 
     def variance_of(self, plan_index: int) -> tuple[PerParameter, PerParameter | None]:
         """(within, between) of one plan's estimator, coordinate by coordinate."""
@@ -150,11 +149,11 @@ class _Between:
         self.square = zeros(shapes)
         self.linear = [zeros(shapes) for _ in self.weight]
 
-    def add(self, name: str, stratum: int, mean: Tensor) -> None:
+    def add(self, name: str, stratum: int, first: Tensor, N_k: int) -> None:
         if stratum in self.own:
-            self.square[name].addcmul_(mean, mean, value=self.own[stratum])
+            self.square[name].addcmul_(first, first, value=self.own[stratum] / N_k**2)
             for linear, factor in zip(self.linear, self.basis[stratum]):
-                linear[name].add_(mean, alpha=factor)
+                linear[name].add_(first, alpha=factor / N_k)
 
     def total(self) -> PerParameter:
         out = {name: square.clone() for name, square in self.square.items()}
