@@ -1,0 +1,59 @@
+"""The layers on which the conv ops are timed, and what a user would otherwise write: unfold, then einsum."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+
+@dataclass
+class Layer:
+    B: int
+    C: int
+    O: int
+    size: int
+    kernel_size: int = 3
+    stride: int = 1
+    padding: int = 1
+    groups: int = 1
+
+    def __post_init__(self) -> None:
+        out = (self.size + 2 * self.padding - self.kernel_size) // self.stride + 1
+        self.T, self.I = out * out, self.C // self.groups * self.kernel_size**2
+        self.geometry: dict[str, Any] = {
+            name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "groups")
+        }
+        self.act = torch.randn(self.B, self.C, self.size, self.size)
+        self.grad = torch.randn(self.B, self.O, out, out)
+        self.conv = torch.nn.Conv2d(self.C, self.O, bias=False, **self.geometry)
+        kernel = f"{self.kernel_size}×{self.kernel_size}"
+        extra = f" stride {self.stride}" * (self.stride > 1) + f" groups {self.groups}" * (self.groups > 1)
+        self.label = f"B={self.B} {kernel} {self.C}→{self.O} {self.size}×{self.size}{extra} float32"
+
+    @property
+    def direct_flops(self) -> float:
+        return 2 * self.B * self.T * self.I * self.O
+
+    def bytes(self, extra: int) -> float:
+        return 4 * (self.act.numel() + self.grad.numel() + extra)
+
+    def unfolded(self) -> torch.Tensor:
+        """G_b [B, O, I]."""
+        patches = F.unfold(self.act, self.kernel_size, padding=self.padding, stride=self.stride)
+        if self.groups == 1:
+            return torch.einsum("bot,bit->boi", self.grad.flatten(2), patches)
+        patches = patches.unflatten(1, (self.groups, self.I))
+        rows = self.grad.flatten(2).unflatten(1, (self.groups, -1))
+        return torch.einsum("bgot,bgit->bgoi", rows, patches).flatten(1, 2)
+
+    def step(self) -> None:
+        """The layer's own forward and backward."""
+        act = self.act.detach().requires_grad_()
+        torch.autograd.grad(self.conv(act), [act, self.conv.weight], self.grad)
+
+    def baselines(self, quantity: Callable[[torch.Tensor], Any]) -> dict[str, Callable[[], Any]]:
+        return {"unfold + einsum": lambda: quantity(self.unfolded()), "layer's forward + backward": self.step}

@@ -1,0 +1,41 @@
+"""conv_sqnorm against unfold + einsum and against the layer's own forward and backward."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Iterator
+
+import gradclust_fast as gf
+from bench.harness import Case
+
+from ._conv import Layer
+
+LAYERS = (
+    dict(B=256, C=64, O=64, size=16),  # structured Gram
+    dict(B=128, C=3, O=32, size=32),  # few input channels: direct
+    dict(B=128, C=64, O=128, size=8),
+    dict(B=16, C=256, O=256, size=14),
+    dict(B=16, C=128, O=256, size=28, stride=2),  # four phases
+    dict(B=8, C=64, O=64, size=56),  # many positions: direct in blocks
+    dict(B=128, C=64, O=64, size=16, groups=64),  # depthwise
+    dict(B=128, C=64, O=64, size=16, kernel_size=1, padding=0),
+)
+
+
+def cases() -> Iterator[Case]:
+    module = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
+    for sizes in LAYERS:
+        layer = Layer(**sizes)
+        padding = [layer.padding] * 4
+        route, _ = module.choose(
+            layer.act, layer.grad, [layer.kernel_size] * 2, [layer.stride] * 2, padding, [1, 1], layer.groups, False
+        )
+        gram = layer.B * layer.T**2 * (layer.C * layer.stride**2 + layer.O)
+        yield Case(
+            "conv_sqnorm",
+            layer.label,
+            lambda layer=layer: gf.ops.conv_sqnorm(layer.act, layer.grad, **layer.geometry),
+            layer.baselines(lambda G: G.square().sum((1, 2))),
+            flops=gram if route == "gram" else layer.direct_flops,
+            bytes=layer.bytes(layer.B),
+        )
