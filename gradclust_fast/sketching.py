@@ -81,7 +81,8 @@ class Sketch:
     ``E⟨sketch_i, sketch_j⟩ = ⟨g_i, g_j⟩`` over seeds.
 
     Args:
-        dim: R, length of a sketch; the relative error of a squared distance is about √(2/R). Used by ``reduce=True``.
+        dim: R, length of a sketch. A squared distance has a relative variance of at most (1+2/P)(1+2/Q)(1+2/R) − 1.
+            Used by ``reduce=True``.
         seed: any integer; another seed gives independent matrices.
         sides: (P, Q), how many columns the thin matrices keep. A side of the gradient that is no longer stays as it is
             (identity), and the room it leaves goes to the other side: a bias keeps up to P·Q entries.
