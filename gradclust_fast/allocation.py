@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -175,7 +176,8 @@ class Plan:
     """
 
     def __init__(self, strata: Strata, batch_size: int, allocation: str = "equal", replacement: bool = False) -> None:
-        self.strata, self.batch_size, self.replacement = strata, batch_size, replacement
+        self.strata = copy.copy(strata)  # the plan stays what it is when load_state_dict changes the original
+        self.batch_size, self.replacement = batch_size, replacement
         self.counts = counts = strata.counts.numpy()
         N, B, filled = int(counts.sum()), batch_size, counts > 0
         check_batch(strata, batch_size, allocation, replacement)

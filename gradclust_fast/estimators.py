@@ -139,14 +139,14 @@ class Stratified(Estimator):
         self.name = name or f"Stratified({self.batch_size}, K={filled}{shown})"
 
     def prepare(self, N: int) -> None:
-        if len(self.strata) != N:
+        if len(self.plan.strata) != N:
             raise ValueError(
-                f"{self.name}: the strata are of {len(self.strata)} examples, the data set has {N}; cluster this one"
+                f"{self.name}: the strata are of {len(self.plan.strata)} examples, the data has {N}; cluster this one"
             )
 
     def draw(self, rng: np.random.Generator, N: int) -> tuple[np.ndarray, np.ndarray]:
         index = self.plan.draw(rng)
-        return index, self.plan.weight[self.strata.labels.numpy()[index]]
+        return index, self.plan.weight[self.plan.strata.labels.numpy()[index]]
 
 
 def uniform_factor(B: int, N: int, replacement: bool) -> float:

@@ -238,6 +238,14 @@ def test_new_strata_act_at_the_next_epoch():
     assert list(resumed) == following
 
 
+def test_a_sampler_keeps_its_strata_when_the_object_is_reloaded():
+    strata = gf.Strata([0, 0, 0, 1], 2)
+    sampler = gf.StratifiedBatchSampler(strata, 2)
+    strata.load_state_dict(gf.Strata([0, 1, 1, 1], 2).state_dict())
+    assert sampler.weights(torch.arange(4)).tolist() == [1.5, 1.5, 1.5, 0.5]
+    assert sum(i < 3 for i in next(iter(sampler))) == 1
+
+
 # --- ranks
 
 

@@ -475,7 +475,7 @@ class Blowup(torch.autograd.Function):
         (
             lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Stratified(random_strata(9, 2))]),
             ValueError,
-            "strata are of 9 examples, the data set has 23",
+            "strata are of 9 examples, the data has 23",
         ),
         (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, m)]), ValueError, "copy.deepcopy"),
         (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, {"a": 1})]), ValueError, "not a state_dict"),
