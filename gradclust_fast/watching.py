@@ -139,6 +139,7 @@ class Watch:
         _watched.update((id(entry.parameter), entry.name) for entry in self._entries.values())
         # A compiled model hides its calls; an import of dynamo only to turn it off would cost seconds.
         self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._mode = _Mode(self)
         self._mode.__enter__()
         self._state = "open"

@@ -384,6 +384,17 @@ def test_autocast_rows_are_those_of_the_half_precision_factors(name, leaf):
     assert_matches(rec, one_at_a_time(model, cross_entropy(x, y)), rtol=5e-2)
 
 
+def test_a_record_opened_inside_autocast_after_another_forward():
+    model = mlp()
+    x, y = batch()
+    with torch.autocast("cpu", torch.bfloat16):
+        model(torch.randn(3, 6)).sum()
+        with gf.record(model) as rec:
+            loss = F.cross_entropy(model(x).float(), y)
+            loss.backward()
+    assert_matches(rec, one_at_a_time(model, cross_entropy(x, y)), rtol=5e-2)
+
+
 def test_backward_under_autocast_still_accumulates_in_float32():
     model = mlp()
     x, y = batch()
