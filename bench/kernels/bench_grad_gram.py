@@ -32,6 +32,6 @@ def cases() -> Iterator[Case]:
                 "two Gram matrices": lambda act=act, grad=grad: gram(act, grad),
                 **({"stored G": lambda act=act, grad=grad: stored(act, grad)} if T > 1 else {}),
             },
-            flops=B * T * (B * T + 1) * (I + O),
+            flops=min(B * T * (B * T + 1) * (I + O), 2 * B * T * I * O + 2 * B * B * I * O),
             bytes=4 * (B * T * (I + O) + B * B),
         )
