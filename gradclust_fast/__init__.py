@@ -2,12 +2,13 @@
 
 __version__ = "0.1.0"
 
-from . import ops
+from . import layers, ops
 from ._dispatch import backend, explain
 from ._native import build_info
 from .clustering import GradientClustering, cluster_points
 from .coverage import coverage
 from .estimators import SVRG, Stratified, Uniform
+from .layers import register_layer, unregister_layer
 from .recording import record
 from .sampling import StratifiedBatchSampler, with_indices
 from .sketching import Sketch
@@ -32,7 +33,10 @@ __all__ = [
     "coverage",
     "explain",
     "gradient_stats",
+    "layers",
     "ops",
     "record",
+    "register_layer",
+    "unregister_layer",
     "with_indices",
 ]

@@ -32,7 +32,9 @@ def check_graph(tensors: Iterable[Any], entries: Entries, seen: Collection[int])
                 stack.append(child)
                 continue
             entry = entries.get(id(child.variable))  # type: ignore[union-attr]
-            if entry is not None and node._sequence_nr() not in seen:
+            if entry is None or any(node._sequence_nr() in span for span in reversed(entry.spans)):
+                continue
+            if node._sequence_nr() not in seen:
                 raise NotImplementedError(
                     f"{entry.name} was used by {node.name()} in a way that the record did not see (a custom "
                     f"autograd.Function, a forward outside of the record, a gradient of a gradient). Leave it out "

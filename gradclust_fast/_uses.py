@@ -15,12 +15,13 @@ from .selection import Named
 class Entry:
     """A watched parameter."""
 
-    __slots__ = ("hidden", "live", "name", "parameter")
+    __slots__ = ("hidden", "live", "name", "parameter", "spans")
 
     def __init__(self, named: Named) -> None:
         self.name, self.parameter = named.name, named.parameter
         self.live = 0  # uses whose gradient may still come
         self.hidden = 0  # uses without grad mode: a reentrant checkpoint repeats them in backward
+        self.spans: list[range] = []  # sequence numbers of the nodes made by calls of modules that answer for it
 
 
 Entries = dict[int, Entry]

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
+from .layers import recompute, registered
+from .layers.registered import COST as REGISTERED_COST
 from .selection import Parameters, kind, split
 
 
@@ -16,7 +18,8 @@ class CoverageRow:
     Attributes:
         parameter: its name without wrapper prefixes.
         module: the type of the module that owns it; several where it is tied.
-        route: ``"factored"``, ``"sum"``, ``"none"`` (recording raises), ``"frozen"`` or ``"filtered out"``.
+        route: ``"factored"``, ``"small"``, ``"sum"``, ``"registered"``, ``"recomputed"`` (its module runs again alone),
+            ``"none"`` (recording raises), ``"frozen"`` or ``"filtered out"``.
         cost: what recording adds to a step, in words; empty where nothing is recorded.
         note: what to know, or the remedy.
     """
@@ -65,8 +68,8 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
         if state != "recorded":
             rows.append(CoverageRow(entry.name, kind(entry), state, "", ""))
             continue
-        calls = entry.calls()
-        if None in calls:
+        calls, claimants = entry.calls(), entry.claimants()
+        if entry.refused():
             note = "leave it out with parameters=, freeze it, or use a module type that has a route"
             rows.append(CoverageRow(entry.name, kind(entry), "none", "", note))
             continue
@@ -76,7 +79,14 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
             notes.append(
                 f"batch-coupled: BatchNorm in train mode ({coupled[0]}) makes rows shares of the batch gradient"
             )
-        route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
+        own = [module for module, _ in claimants if registered(module) is None]
+        if own:
+            route, cost = "recomputed", recompute.COST
+            notes.append(f"{type(own[0]).__name__} must not mix examples or draw random numbers (dropout)")
+        elif claimants:
+            route, cost = "registered", REGISTERED_COST
+        else:
+            route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
         rows.append(CoverageRow(entry.name, kind(entry), route, cost, "; ".join(notes)))
     return rows
 

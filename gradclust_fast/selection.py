@@ -8,7 +8,7 @@ from fnmatch import fnmatchcase
 
 from torch import nn
 
-from .layers import Call, route_of
+from .layers import Call, refuses, registered, route_of
 
 Parameters = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
@@ -31,6 +31,17 @@ class Named:
     def calls(self) -> list[type[Call] | None]:
         return [route_of(module, name) for module, name in self.owners]
 
+    def claimants(self) -> list[tuple[nn.Module, str]]:
+        """The owners that answer for the parameter themselves: registered ones, and those without a route."""
+        return [
+            (module, name)
+            for module, name in self.owners
+            if registered(module) is not None or (route_of(module, name) is None and not refuses(module, name))
+        ]
+
+    def refused(self) -> bool:
+        return any(refuses(module, name) and registered(module) is None for module, name in self.owners)
+
 
 def _is_wrapper(module: nn.Module, child: str) -> bool:
     """DistributedDataParallel, torch.compile's and FSDP's modules: one child under a known name and nothing else."""
@@ -43,19 +54,28 @@ def named_parameters(model: nn.Module) -> list[Named]:
     full_names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: set[int] = set()
 
-    def visit(module: nn.Module, prefix: str) -> None:
+    def visit(module: nn.Module, prefix: str, owner: nn.Module, inside: str) -> None:
         if id(module) in seen:
             return
         seen.add(id(module))
         for name, parameter in module._parameters.items():
             if parameter is not None:
                 entry = found.setdefault(id(parameter), Named(prefix + name, parameter))
-                entry.owners.append((module, name))
+                entry.owners.append((owner, inside + name))
         for child, submodule in module._modules.items():
             if submodule is not None:
-                visit(submodule, prefix if _is_wrapper(module, child) else f"{prefix}{child}.")
+                # These are never called themselves: the module that holds them uses their parameters.
+                silent = isinstance(submodule, (nn.ParameterList, nn.ParameterDict)) or (
+                    isinstance(module, nn.MultiheadAttention) and child == "out_proj"
+                )
+                visit(
+                    submodule,
+                    prefix if _is_wrapper(module, child) else f"{prefix}{child}.",
+                    owner if silent else submodule,
+                    f"{inside}{child}." if silent else "",
+                )
 
-    visit(model, "")
+    visit(model, "", model, "")
     entries = list(found.values())
     names = [entry.name for entry in entries]
     for entry in entries:
@@ -112,7 +132,7 @@ def select(model: nn.Module, parameters: Parameters) -> list[Named]:
     lazy = [entry.name for entry in chosen if nn.parameter.is_lazy(entry.parameter)]
     if lazy:
         raise ValueError(f"{', '.join(lazy)} has no shape yet; run one forward before recording")
-    lost = [entry for entry in chosen if None in entry.calls()]
+    lost = [entry for entry in chosen if entry.refused()]
     if lost:
         shown = "; ".join(f"{entry.name} ({kind(entry)})" for entry in lost)
         raise NotImplementedError(f"no per-example route for {shown}. Remedies: {REMEDIES}")

@@ -14,14 +14,17 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, resolve_name
 
+from ._claims import Claim, Claims, ModuleUse, check_sum
 from ._dispatch import backend, current_backend
 from ._graphs import BACKWARDS, check_graph, engine_arguments, keeps_graph, started_from
 from ._uses import Entries, Entry, Use, autocast_input, differentiable, find, gradient_edge
-from .layers import ROUTES, BatchLayout, Call, Factors
-from .selection import Parameters, select
+from .layers import ROUTES, BatchLayout, Call, DenseFactors, Factors, registered
+from .layers.recompute import ExampleMismatchError, ModuleCall
+from .selection import Named, Parameters, select
 
 _watched: dict[int, str] = {}  # id of every parameter that some open watch watches, and its name
 
@@ -38,6 +41,8 @@ class Backward:
         self.consumed: set[str] = set()
         self.blank: set[str] = set()  # parameters that autograd reached with no gradient at all
         self.received: set[str] = set()  # parameters whose gradient autograd computed
+        self.sums: dict[str, tuple[torch.Tensor, float]] = {}  # of claimed parameters: Σ_b G_b and Σ_b ‖G_b‖
+        self.grads: dict[str, torch.Tensor] = {}  # and what autograd says it is
         self.state: Any = None  # the consumer's
 
 
@@ -127,6 +132,8 @@ class Watch:
         self._backend, self._threads = current_backend(), torch.get_num_threads()
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._edges: list[tuple[Use, GradientEdge]] = []
+        self._module_uses: weakref.WeakSet[ModuleUse] = weakref.WeakSet()
+        self._module_edges: list[ModuleUse] = []
         self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
         self._runs: dict[int, Backward] = {}  # by graph task; a nested backward belongs to the one that started it
         self._roots: dict[int, int] = {}
@@ -139,6 +146,7 @@ class Watch:
         _watched.update((id(entry.parameter), entry.name) for entry in self._entries.values())
         # A compiled model hides its calls; an import of dynamo only to turn it off would cost seconds.
         self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        self._claims = Claims(self._claimed(chosen), self._layout, self._module_called)
         torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._mode = _Mode(self)
         self._mode.__enter__()
@@ -156,12 +164,17 @@ class Watch:
             del _watched[id(entry.parameter)]
             if not entry.parameter._backward_hooks:
                 entry.parameter._backward_hooks = None
+        self._claims.close()
         for use in list(self._uses):
             use.handle.remove()
             use.spend()
+        for module_use in list(self._module_uses):
+            module_use.spend()
         del self._mode, self._hooks, self._stance
         self._uses.clear()
         self._edges.clear()
+        self._module_uses.clear()
+        self._module_edges.clear()
         self._runs.clear()
         if kind is not None:
             return
@@ -177,9 +190,22 @@ class Watch:
                 "forward and backward inside the `with` block"
             )
 
+    def _claimed(self, chosen: list[Named]) -> list[Claim]:
+        """The modules that answer for recorded parameters themselves."""
+        claims: dict[nn.Module, Claim] = {}
+        for named in chosen:
+            for module, name in named.claimants():
+                claim = claims.setdefault(module, Claim(module, registered(module)))
+                claim.entries[name] = self._entries[id(named.parameter)]
+        return list(claims.values())
+
     # --- forward ---------------------------------------------------------------------------------------------------
 
     def _used(self, func: Any, args: tuple, kwargs: dict, used: list[Entry]) -> Any:
+        if self._claims.running:
+            used = [entry for entry in used if not self._claims.covers(entry)]
+            if not used:
+                return func(*args, **kwargs)
         route = ROUTES.get(func)
         if route is None:
             out = func(*args, **kwargs)
@@ -194,7 +220,7 @@ class Watch:
         entries = {
             role: self._entries[id(parameter)]
             for role, parameter in call.parameters.items()
-            if parameter is not None and id(parameter) in self._entries
+            if parameter is not None and self._entries.get(id(parameter)) in used
         }
         if torch.is_grad_enabled():
             args, kwargs = autocast_input(call, args, kwargs)
@@ -212,17 +238,36 @@ class Watch:
 
     def _wait_for(self, call: Call, entries: dict[str, Entry], out: torch.Tensor) -> None:
         call.held = None if call.held is None or call.light.issuperset(entries) else call.held.detach()
-        task, root = torch._C._current_graph_task_id(), None
-        if task != -1:  # a checkpoint recomputes: whatever comes of it belongs to the backward that is running
-            root = self._roots.get(task, task)
-            self._open_run(root)
-            for entry in entries.values():
-                entry.hidden = max(0, entry.hidden - 1)
+        root = self._repeated(entries)
         edge = gradient_edge(out)
         use = Use(call, entries, edge, out.shape, root, self._fired)
         self._uses.add(use)
         if self._keeps_edges:
             self._edges.append((use, edge))
+
+    def _repeated(self, entries: dict[str, Entry]) -> int | None:
+        """The backward in which a checkpoint recomputes, to which whatever comes of it belongs; else None."""
+        task = torch._C._current_graph_task_id()
+        if task == -1:
+            return None
+        root = self._roots.get(task, task)
+        self._open_run(root)
+        for entry in entries.values():
+            entry.hidden = max(0, entry.hidden - 1)
+        return root
+
+    def _module_called(self, claim: Claim, call: ModuleCall, outputs: list[torch.Tensor], first: int) -> None:
+        if not outputs:
+            for entry in claim.entries.values():
+                entry.hidden += 1
+            return
+        span = range(first, torch._C._autograd._get_sequence_nr())
+        for entry in claim.entries.values():
+            entry.spans.append(span)
+        use = ModuleUse(claim, call, outputs, self._repeated(claim.entries), self._module_fired)
+        self._module_uses.add(use)
+        if self._keeps_edges:
+            self._module_edges.append(use)
 
     def _refuse(self, func: Any, used: list[Entry], why: str) -> None:
         names = ", ".join(dict.fromkeys(entry.name for entry in used))
@@ -250,16 +295,28 @@ class Watch:
                 f"requires_grad={losses.requires_grad}; use reduction='none' and compute them inside the watch"
             )
         edges, self._edges = [(use, edge) for use, edge in self._edges if not use.spent], []
-        if not edges:
+        modules, self._module_edges = [use for use in self._module_edges if not use.spent], []
+        module_edges = [edge for use in modules for edge in use.edges]
+        # The sum over examples must be the gradient, so the claimed parameters' gradients are asked for too.
+        sums = [entry for entry in self._entries.values() if entry.name in self._claims.names] if modules else []
+        if not edges and not modules:
             raise RuntimeError("no watched layer was called since the last backward; compute losses inside the watch")
         self._plan = run = Backward(planned=True)
         self._begun(run)
         try:
-            grads = torch.autograd.grad(losses.sum(), [edge for _, edge in edges], allow_unused=True)
+            inputs: list[Any] = [*(edge for _, edge in edges), *module_edges, *(entry.parameter for entry in sums)]
+            grads: list[Any] = list(torch.autograd.grad(losses.sum(), inputs, allow_unused=True))
             # A node that only had to deliver its gradient, not pass it on, was not run, so its hook did not fire.
             for (use, _), grad in zip(edges, grads):
                 if grad is not None and not use.spent:
                     self._fired(use, grad)
+            rest = grads[len(edges) :]
+            del grads
+            for module_use in modules:
+                count = len(module_use.edges)
+                self._module_done(module_use, rest[:count])
+                del rest[:count]
+            run.grads = {entry.name: grad for entry, grad in zip(sums, rest) if grad is not None}
         finally:
             self._plan = None
         if run.B is not None and losses.shape[0] != run.B:
@@ -289,7 +346,7 @@ class Watch:
             self._begun(run)
         return run
 
-    def _run_of(self, use: Use) -> Backward:
+    def _run_of(self, use: Use | ModuleUse) -> Backward:
         if self._plan is not None:
             return self._plan
         task = torch._C._current_graph_task_id()
@@ -318,24 +375,57 @@ class Watch:
             for role, entry in use.entries.items():
                 self._take(run, entry, made[role], use.spent)
 
+    def _module_fired(self, use: ModuleUse, grads: list[torch.Tensor | None]) -> None:
+        if self._state != "open" or self._plan is not None:
+            return
+        if torch.is_grad_enabled():
+            raise NotImplementedError(
+                f"{use.names()}: create_graph=True inside a record: a gradient of a gradient has no per-example "
+                f"route. Compute this term outside of the record"
+            )
+        self._module_done(use, grads)
+
+    def _module_done(self, use: ModuleUse, grads: list[torch.Tensor | None]) -> None:
+        run = self._run_of(use)
+        some = next((grad for grad in grads if grad is not None), None)
+        if some is None:
+            run.blank.update(entry.name for entry in use.entries.values())
+            return
+        with self._quiet(some.device.type):
+            Claims.quiet = True
+            try:
+                made = use.factors(grads)
+            except (NotImplementedError, ExampleMismatchError) as error:
+                raise type(error)(f"{use.names()}: {error}") from error
+            finally:
+                Claims.quiet = False
+            if not keeps_graph():
+                use.spend()
+            for role, entry in use.entries.items():
+                self._check_B(run, entry.name, made[role].B, use.shape)
+                self._take(run, entry, made[role], use.spent)
+
     def _factors(self, run: Backward, use: Use, role: str, grad: torch.Tensor) -> Factors:
         name = use.entries[role].name
         try:
             factors = use.call.factors(role, grad, self._layout)
         except ValueError as error:
             raise ValueError(f"{name}: its layer {error}") from error
+        self._check_B(run, name, factors.B, use.shape)
+        return factors
+
+    def _check_B(self, run: Backward, name: str, B: int, shape: torch.Size) -> None:
         expected, leader = (run.B, run.leader) if self._layout.size is None else (self._layout.size, "batch_size")
         if expected is None:
-            run.B, run.leader = factors.B, name
-        elif expected != factors.B:
+            run.B, run.leader = B, name
+        elif expected != B:
             raise ValueError(
-                f"{name}: its layer's output {list(use.shape)} has {factors.B} examples, but {leader} has {expected}. "
+                f"{name}: its layer's output {list(shape)} has {B} examples, but {leader} has {expected}. "
                 f"If the batch is the second dimension pass batch_dim=1; if examples have several rows here pass "
                 f"batch_size=; or leave this layer out with parameters="
             )
         else:
             run.B, run.leader = expected, leader
-        return factors
 
     def _take(self, run: Backward, entry: Entry, factors: Factors, spent: bool) -> None:
         if entry.name in run.consumed:
@@ -354,15 +444,22 @@ class Watch:
         while len(parts) > 1:  # pairwise, so that n uses are copied log n times
             parts = [a.concat(b) for a, b in zip(parts[::2], parts[1::2])] + parts[len(parts) & ~1 :]
         run.consumed.add(name)
+        if name in self._claims.names:
+            total = parts[0].grads.sum(0) if isinstance(parts[0], DenseFactors) else parts[0].moments()[0]
+            run.sums[name] = total, float(parts[0].sqnorm().sqrt().sum())
         self._consume(run, name, parts[0])
 
     def _arrived(self, entry: Entry, grad: torch.Tensor | None) -> None:
-        if grad is None:
+        if grad is None or self._plan is not None:
             return
         task = torch._C._current_graph_task_id()
         run = self._runs.get(self._roots.get(task, task))
         if run is not None and entry.name in run.seen:
             run.received.add(entry.name)
+            if entry.name in self._claims.names:
+                with torch._C.DisableTorchFunction(), torch.no_grad():
+                    before = run.grads.get(entry.name)
+                    run.grads[entry.name] = grad.detach().clone() if before is None else before + grad
             self._received(run, entry.name, grad)
         elif run is None or entry.name not in run.blank:
             self._unseen[entry.name] = None
@@ -385,6 +482,10 @@ class Watch:
         with self._quiet("cpu"):
             for name in list(run.stash):
                 self._release(run, name)
+            for entry in self._entries.values():
+                alone = len(entry.parameter._backward_hooks or ()) == 1  # another hook may have changed the gradient
+                if entry.name in run.sums and entry.name in run.grads and alone:
+                    check_sum(entry.name, *run.sums[entry.name], run.grads[entry.name])
             self.backwards += 1
             self._finished(run)
 

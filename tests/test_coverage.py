@@ -14,7 +14,7 @@ class Model(nn.Module):
         self.linear, self.head = nn.Linear(4, 4, bias=False), nn.Linear(4, 3)
         self.twin = nn.Linear(4, 4)
         self.twin.weight = self.linear.weight
-        self.scale = nn.Parameter(torch.ones(3))
+        self.scale, self.table = nn.Parameter(torch.ones(3)), nn.Embedding(4, 2, scale_grad_by_freq=True)
         self.head.bias.requires_grad_(False)
 
 
@@ -29,14 +29,15 @@ def test_every_parameter_has_one_row_with_its_route():
     assert rows["conv.weight"].route == "factored" and rows["conv.bias"].route == "sum"
     assert rows["linear.weight"].module == "Linear" and "tied" in rows["linear.weight"].note
     assert rows["head.bias"].route == "frozen"
-    assert rows["scale"].route == rows["rnn.weight_ih_l0"].route == "none"
-    assert "parameters=" in rows["scale"].note and rows["scale"].module == "Model"
+    assert rows["scale"].route == rows["rnn.weight_ih_l0"].route == "recomputed"
+    assert "once more" in rows["scale"].cost and rows["scale"].module == "Model"
+    assert rows["table.weight"].route == "none" and "parameters=" in rows["table.weight"].note
 
 
 def test_coverage_and_record_agree():
     model = Model()
     assert not gf.coverage(model).complete
-    with pytest.raises(NotImplementedError, match=r"scale \(Model\).*rnn.weight_ih_l0 \(RNN\).*rnn.weight_hh_l0"):
+    with pytest.raises(NotImplementedError, match=r"table.weight \(Embedding\)"):
         gf.record(model).__enter__()
     chosen = ["conv.*", "linear.*", "twin.bias"]
     rows = gf.coverage(model, parameters=chosen)

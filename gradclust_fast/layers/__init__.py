@@ -11,6 +11,7 @@ from .conv import ConvCall, ConvFactors
 from .embedding import EmbeddingCall, EmbeddingFactors
 from .linear import LinearCall, LinearFactors
 from .norm import BatchNormCall, GroupNormCall, InstanceNormCall, LayerNormCall, RMSNormCall
+from .registered import LayerFactors, register_layer, registered, unregister_layer
 
 CALLS: tuple[type[Call], ...] = (
     LinearCall,
@@ -25,6 +26,15 @@ CALLS: tuple[type[Call], ...] = (
 """The table: a new layer type is one file and one entry here."""
 
 ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
+
+
+def refuses(module: nn.Module, name: str) -> bool:
+    """Whether a layer type knows this module and says that it has no per-example gradients the way it is set up."""
+    return any(
+        isinstance(module, kind) and name in names and not call.accepts(module)
+        for call in CALLS
+        for kind, names in call.modules.items()
+    )
 
 
 def route_of(module: nn.Module, name: str) -> type[Call] | None:
@@ -50,7 +60,12 @@ __all__ = [
     "DenseFactors",
     "EmbeddingFactors",
     "Factors",
+    "LayerFactors",
     "LinearCall",
     "LinearFactors",
+    "refuses",
+    "register_layer",
+    "registered",
     "route_of",
+    "unregister_layer",
 ]
