@@ -73,7 +73,7 @@ class ModuleUse:
                 self.fired(self, found)
 
     def factors(self, grads: list[torch.Tensor | None]) -> dict[str, Factors]:
-        self.call.check_versions()
+        self.call.check_versions(self.names())
         grads = [None if g is None else g.detach().reshape(shape) for g, shape in zip(grads, self.shapes)]
         if self.claim.registered is None:
             self.call.vectorised = self.claim.vectorised

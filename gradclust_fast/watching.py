@@ -444,7 +444,8 @@ class Watch:
         while len(parts) > 1:  # pairwise, so that n uses are copied log n times
             parts = [a.concat(b) for a, b in zip(parts[::2], parts[1::2])] + parts[len(parts) & ~1 :]
         run.consumed.add(name)
-        if name in self._claims.names:
+        # Dense sums cost little; multiplying factors out is worth it once, since a registered function stays the same.
+        if name in self._claims.names and (isinstance(parts[0], DenseFactors) or self.backwards == 0):
             total = parts[0].grads.sum(0) if isinstance(parts[0], DenseFactors) else parts[0].moments()[0]
             run.sums[name] = total, float(parts[0].sqnorm().sqrt().sum())
         self._consume(run, name, parts[0])

@@ -450,7 +450,15 @@ def test_a_finite_loss_with_an_infinite_gradient_is_named(method):
 
 
 def test_a_parameter_without_a_route_is_named():
-    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
-    data = TensorDataset(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
-    with pytest.raises(NotImplementedError, match=r"1\.weight"):
+    model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Linear(4, 2))
+    data = TensorDataset(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64))
+    with pytest.raises(NotImplementedError, match=r"0\.weight"):
         gf.GradientClustering(model, 2).fit(data, losses)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_recomputed_modules_are_clustered_too(method):
+    model = nn.Sequential(nn.Linear(3, 4), nn.PReLU(4), nn.Linear(4, 2))
+    data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
+    strata = gf.GradientClustering(model, 3, method=method).fit(data, losses)
+    assert len(strata.labels) == 12

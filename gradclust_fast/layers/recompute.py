@@ -112,12 +112,12 @@ class ModuleCall:
     def release(self) -> None:
         self.leaves, self.outputs = [], []
 
-    def check_versions(self) -> None:
+    def check_versions(self, names: str) -> None:
         for leaf, version in zip(self.leaves, self.versions):
             if version is not None and leaf._version != version:
                 raise RuntimeError(
-                    f"an input of {type(self.module).__name__} was modified in place between forward and backward "
-                    f"(version {leaf._version}, expected {version}); use an out-of-place operation on it"
+                    f"{names}: an input of {type(self.module).__name__} was modified in place between forward and "
+                    f"backward (version {leaf._version}, expected {version}); use an out-of-place operation on it"
                 )
 
     # --- where the examples are ------------------------------------------------------------------------------------
@@ -148,18 +148,22 @@ class ModuleCall:
         else:
             lead = tensors[0]
             first = self.leaves[lead]
-            self.B = self.layout.size or first.shape[min(self.layout.dim, first.dim() - 1)]
+            self.B = self.layout.size or first.shape[self._dim(first)]
             for i in tensors:
                 splits[i] = self._split(self.leaves[i])
             self.doubtful = [i for i in tensors if i != lead and splits[i] is not None]
             self.output_splits = tuple(self._split(out) for out in self.outputs)
         self.input_splits: Splits = tuple(splits)
 
+    def _dim(self, tensor: Tensor) -> int:
+        """The layout's batch dimension. The last one of a tensor that is no index holds features."""
+        return max(0, min(self.layout.dim, tensor.dim() - (2 if tensor.is_floating_point() else 1)))
+
     def _split(self, tensor: Tensor) -> Split | None:
         """By the layout's dimension; else by the only dimension that is as long as the batch."""
         if tensor.dim() == 0:
             return None
-        dim = min(self.layout.dim, tensor.dim() - 1)
+        dim = self._dim(tensor)
         size = tensor.shape[dim]
         if size == self.B:
             return Split(dim)

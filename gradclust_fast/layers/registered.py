@@ -34,7 +34,7 @@ def register_layer(module_type: type[nn.Module], factors: LayerFactors) -> None:
     Raises:
         TypeError: ``module_type`` is not a module class, or ``factors`` cannot be called.
         ValueError: the type is registered already; :func:`unregister_layer` first.
-        RuntimeError: in backward, when the factors do not add up to the parameter's gradient.
+        RuntimeError: when the factors do not add up to the parameter's gradient (checked in a record's first backward).
 
     Example:
         >>> class Scale(torch.nn.Module):
