@@ -41,32 +41,36 @@ class ModuleUse:
         outputs: list[torch.Tensor],
         root: int | None,
         fired: Callable[[ModuleUse, list[torch.Tensor | None]], None],
+        keep_edges: bool,
     ) -> None:
         self.claim, self.call, self.root, self.fired = claim, call, root, fired
         self.entries = claim.entries
         self.spent = False
         self.shape = outputs[0].shape
         self.shapes = [out.shape for out in outputs]
-        self.edges: list[GradientEdge] = [gradient_edge(out) for out in outputs]
-        self.nodes = list(dict.fromkeys(edge.node for edge in self.edges))
+        edges = [gradient_edge(out) for out in outputs]
+        nodes = list(dict.fromkeys(edge.node for edge in edges))
+        self.places = [(nodes.index(edge.node), edge.output_nr) for edge in edges]
+        # Nodes own the hooks that own this object, so it keeps them (until `spend`) only where it must.
+        self.nodes = nodes if len(nodes) > 1 else []
+        self.edges: list[GradientEdge] = edges if keep_edges else []
         self.task, self.waiting = -1, set[int]()
         self.grads: list[torch.Tensor | None] = []
         for entry in self.entries.values():
             entry.live += 1
-        self.handles = [
-            node.register_prehook(lambda grads, k=k: self._fire(k, grads)) for k, node in enumerate(self.nodes)
-        ]
+        self.handles = [node.register_prehook(lambda grads, k=k: self._fire(k, grads)) for k, node in enumerate(nodes)]
 
     def _fire(self, k: int, grads: tuple[torch.Tensor | None, ...]) -> None:
         with torch._C.DisableTorchFunction():
             task = torch._C._current_graph_task_id()
             if not self.waiting or task != self.task:
                 self.task = task
-                self.waiting = {i for i, node in enumerate(self.nodes) if torch._C._will_engine_execute_node(node)}
-                self.grads = [None] * len(self.edges)
-            for i, edge in enumerate(self.edges):
-                if edge.node is self.nodes[k]:
-                    self.grads[i] = grads[edge.output_nr]
+                executed = [i for i, node in enumerate(self.nodes) if torch._C._will_engine_execute_node(node)]
+                self.waiting = set(executed) if self.nodes else {0}
+                self.grads = [None] * len(self.places)
+            for i, (node, output_nr) in enumerate(self.places):
+                if node == k:
+                    self.grads[i] = grads[output_nr]
             self.waiting.discard(k)
             if not self.waiting:
                 found, self.grads = self.grads, []
@@ -92,7 +96,7 @@ class ModuleUse:
             self.call.release()
             for handle in self.handles:
                 handle.remove()
-            self.nodes, self.edges, self.handles = [], [], []  # nodes own the hooks that own this object
+            self.nodes, self.edges, self.handles = [], [], []
             for entry in self.entries.values():
                 entry.live -= 1
 

@@ -264,7 +264,8 @@ class Watch:
         span = range(first, torch._C._autograd._get_sequence_nr())
         for entry in claim.entries.values():
             entry.spans.append(span)
-        use = ModuleUse(claim, call, outputs, self._repeated(claim.entries), self._module_fired)
+        root = self._repeated(claim.entries)
+        use = ModuleUse(claim, call, outputs, root, self._module_fired, self._keeps_edges)
         self._module_uses.add(use)
         if self._keeps_edges:
             self._module_edges.append(use)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import gc
+import weakref
 
 import pytest
 import torch
@@ -546,3 +548,20 @@ def test_gradients_of_gradients_are_refused():
     model, x, y = build("lstm-cell")
     with pytest.raises(NotImplementedError, match=r"create_graph=True"), gf.record(model, parameters="0.*"):
         torch.autograd.grad(losses_of(x, y)(model).sum(), list(model.parameters()), create_graph=True)
+
+
+def test_a_forward_without_backward_keeps_nothing():
+    model, x, y = build("class-token-and-positions")
+    gc.disable()
+    try:
+        with gf.record(model) as rec:
+            for _ in range(2):
+                held = torch.randn_like(x)
+                alive = weakref.ref(held.untyped_storage())
+                out = model(held)
+                del held, out
+            assert alive() is None and not list(rec._module_uses)
+            step(model, x, y)
+    finally:
+        gc.enable()
+    assert rec.sq_norms.shape == (B,)
