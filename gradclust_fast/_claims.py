@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 from typing import Any
 
@@ -107,10 +108,17 @@ class ModuleUse:
         return self.claim.names()
 
 
+class _Rerun(threading.local):
+    """Whether this thread runs a claimed module again, which no watch watches."""
+
+    running = False
+
+
+rerun = _Rerun()
+
+
 class Claims:
     """The claimed modules of one watch, and which of their calls are running."""
-
-    quiet = False  # for all watches: a module that is run again is watched by none
 
     def __init__(self, claims: list[Claim], layout: BatchLayout, done: Callable[[Claim, ModuleCall, list, int], None]):
         self.layout, self._done = layout, done
@@ -138,7 +146,7 @@ class Claims:
         return any(entry is own for claim, *_ in self.running for own in claim.entries.values())
 
     def _opened(self, claim: Claim, args: tuple, kwargs: dict) -> None:
-        if Claims.quiet:
+        if rerun.running:
             return
         with torch._C.DisableTorchFunction():
             try:
@@ -149,7 +157,7 @@ class Claims:
             self.running.append((claim, call, first, _random_state(claim)))
 
     def _closed(self, claim: Claim, out: Any) -> Any:
-        if Claims.quiet or not any(own is claim for own, *_ in self.running):
+        if rerun.running or not any(own is claim for own, *_ in self.running):
             return None
         while True:  # calls inside that ended in an exception, which a hook does not always see
             own, call, first, random = self.running.pop()

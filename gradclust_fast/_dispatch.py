@@ -167,7 +167,11 @@ class Op:
     def run(self, *args: Any) -> Any:
         """The op without torch's dispatcher (about 50 µs a call less): for eager code without autograd, as in hooks."""
         self.check(*args)
-        return self.choose(*args).run(*args)
+        kernel = self.choose(*args)
+        if torch._C._is_any_autocast_enabled():  # the documented precision is the op's, not the caller's region's
+            with torch._C._DisableAutocast():
+                return kernel.run(*args)
+        return kernel.run(*args)
 
     def _fake(self, *args: Any) -> Any:
         self.check(*args)

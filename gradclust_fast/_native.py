@@ -29,6 +29,8 @@ def _load() -> tuple[Any, str | None]:
     try:
         return importlib.import_module(name), None
     except ImportError as error:
+        if "GRADCLUST_CPU_ISA" in str(error):  # the user asked for it, so nothing slower may take its place
+            raise ValueError(f"{error}; set it to one that this processor has, or unset it") from None
         return None, f"the native module was found but cannot be loaded: {error}"
 
 

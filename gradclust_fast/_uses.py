@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -89,6 +90,12 @@ def find(args: Iterable[Any], entries: Entries) -> list[Entry]:
         elif isinstance(arg, (list, tuple)):
             found += find(arg, entries)
     return found
+
+
+def is_dtensor(tensor: Any) -> bool:
+    """Whether a parameter is sharded (FSDP2) or used in parts (tensor parallelism)."""
+    module = sys.modules.get("torch.distributed.tensor")  # not imported: then there is none
+    return module is not None and isinstance(tensor, module.DTensor)
 
 
 def differentiable(out: Any, entries: Entries) -> bool:

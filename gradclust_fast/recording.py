@@ -123,8 +123,9 @@ class record(Watch):
 
     def __enter__(self) -> record:
         super().__enter__()
-        self._shapes = {entry.name: entry.parameter.shape for entry in self._entries.values()}
-        self._parameters_by_name = {entry.name: entry.parameter for entry in self._entries.values()}
+        self._shapes = {entry.name: entry.parameter.shape for entry in self._every}
+        self._device = self._every[0].parameter.device
+        self._parameters_by_name = {entry.name: entry.parameter for entry in self._every}
         distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
         # `.grad` tells ‖ĝ‖² later and for nothing, unless it also holds other backwards or other ranks.
         self._eager = distributed or any(p.grad is not None for p in self._parameters_by_name.values())
@@ -144,7 +145,7 @@ class record(Watch):
             rows.sq_norms[name] = factors.sqnorm()
         if self._sketch is not None:
             vectors = self._sketch.apply(name, factors)
-            key = name if self._sketch.dim is None else ""
+            key = "" if self._sketch.reduce else name
             rows.sketches[key] = _added(rows.sketches.get(key), vectors)
         if self._asked["gram"]:
             rows.gram = _added(rows.gram, factors.gram())
@@ -153,7 +154,7 @@ class record(Watch):
 
     def _received(self, run: Backward, name: str, grad: torch.Tensor) -> None:
         if self._eager and self._asked["sq_norms"]:
-            with self._quiet(grad.device.type):
+            with self._quiet():
                 run.state.grad_sqnorm = _added(run.state.grad_sqnorm, _sqnorm(grad))
 
     def _finished(self, run: Backward) -> None:
@@ -210,7 +211,7 @@ class record(Watch):
 
     @property
     def sketches(self) -> torch.Tensor:
-        """[B, dim] random projections of ∇ℓ_b, parameters added up, or side by side where the sketch has no dim."""
+        """[B, dim] random projections of ∇ℓ_b, parameters added up, or side by side with ``reduce=False``."""
         passes = self._results("sketch", "sketch=gf.Sketch(dim=256)")
         keys = [key for key in ("", *self.names) if any(key in rows.sketches for rows in passes)]
         blocks = []
@@ -246,21 +247,48 @@ class record(Watch):
         }
         return {name: found[name] if name in found else (zeros[name], zeros[name].clone()) for name in self.names}
 
-    def noise_scale(self) -> NoiseScale:
+    def noise_scale(self, group: Any = None) -> NoiseScale:
         """Gradient noise scale tr Σ / ‖ḡ‖² of the recorded parameters, estimated without bias in both parts.
 
         ``tr Σ ≈ B (mean‖g_b‖² − ‖ĝ‖²)/(B − 1)`` and ``‖ḡ‖² ≈ (B ‖ĝ‖² − mean‖g_b‖²)/(B − 1)``, each averaged over the
         record's backwards. The ratio of one batch is noisy, and negative where the batch is too small to see the
         gradient: average ``.trace`` and ``.gradient_sqnorm`` over steps and divide then.
 
+        Args:
+            group: a ``torch.distributed`` process group, e.g. ``torch.distributed.group.WORLD``: both parts are
+                averaged over the backwards of all its ranks, and every rank gets the same result. All ranks must call
+                it. Four numbers are sent, never gradients: each rank's parts come from its own rows and its own batch
+                gradient, before DDP or FSDP reduce it. None: this process alone.
+
         Returns:
             A float with the attributes ``trace`` and ``gradient_sqnorm``.
 
         Raises:
-            RuntimeError: with one example only, or when ``.grad`` was changed (cleared, clipped, stepped) before.
+            RuntimeError: with one example only, or when ``.grad`` was changed (cleared, clipped, stepped) before; with
+                ``group``, on every rank where this happens on one.
         """
+        if group is None:
+            trace, gradient_sqnorm, backwards = self._noise_parts()
+            return NoiseScale(trace / backwards, gradient_sqnorm / backwards)
+        failed: RuntimeError | None = None
+        try:
+            parts = (*self._noise_parts(), 0)
+        except RuntimeError as error:  # the other ranks wait for this one's numbers
+            failed, parts = error, (0.0, 0.0, 0, 1)
+        device = next((norms.device for rows in self._rows for norms in rows.sq_norms.values()), self._device)
+        sums = torch.tensor(parts, dtype=torch.float64, device=device)
+        torch.distributed.all_reduce(sums, group=group)
+        if failed is not None:
+            raise failed
+        trace, gradient_sqnorm, backwards, failures = sums.tolist()
+        if failures:
+            raise RuntimeError(f"noise_scale() failed on {int(failures)} other rank(s) of the group; see their errors")
+        return NoiseScale(trace / backwards, gradient_sqnorm / backwards)
+
+    def _noise_parts(self) -> tuple[float, float, int]:
+        """Sums over the record's backwards of both parts, and how many there are."""
+        trace = gradient_sqnorm = 0.0
         passes = self._results("sq_norms", "sq_norms=True")
-        traces, sqnorms = [], []
         for rows in passes:
             if rows.B < 2:
                 raise RuntimeError(
@@ -275,9 +303,9 @@ class record(Watch):
             for norms in rows.sq_norms.values():
                 total = _added(total, norms.sum(dtype=torch.float64))
             mean = float(total) / rows.B
-            traces.append(rows.B * (mean - batch) / (rows.B - 1))
-            sqnorms.append((rows.B * batch - mean) / (rows.B - 1))
-        return NoiseScale(sum(traces) / len(traces), sum(sqnorms) / len(sqnorms))
+            trace += rows.B * (mean - batch) / (rows.B - 1)
+            gradient_sqnorm += (rows.B * batch - mean) / (rows.B - 1)
+        return trace, gradient_sqnorm, len(passes)
 
     def _read_grads(self, rows: _Rows) -> None:
         """‖ĝ‖² from `.grad`, as long as it is what the backward left."""

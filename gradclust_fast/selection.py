@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -125,6 +126,12 @@ def select(model: nn.Module, parameters: Parameters) -> list[Named]:
         NotImplementedError: naming every parameter that belongs to a module without a route.
     """
     chosen = [entry for entry, state in split(model, parameters) if state == "recorded"]
+    fsdp = sys.modules.get("torch.distributed.fsdp")
+    if fsdp is not None and any(isinstance(module, fsdp.FullyShardedDataParallel) for module in model.modules()):
+        raise NotImplementedError(
+            "FullyShardedDataParallel hides the layers' parameters in flat ones; shard the model with "
+            "torch.distributed.fsdp.fully_shard, which recording supports"
+        )
     if not chosen:
         raise ValueError(
             "model has no trainable parameter to record; unfreeze some with requires_grad_(True) or widen parameters="

@@ -7,7 +7,6 @@ the spot. Nothing is wrapped or swapped, and gradients are only read.
 
 from __future__ import annotations
 
-import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,10 +17,11 @@ from torch import nn
 from torch.autograd.graph import GradientEdge
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ._claims import Claim, Claims, ModuleUse, check_sum
+from ._claims import Claim, Claims, ModuleUse, check_sum, rerun
+from ._compiled import run_compiled, run_eagerly
 from ._dispatch import backend, current_backend
 from ._graphs import BACKWARDS, check_graph, engine_arguments, keeps_graph, started_from
-from ._uses import Entries, Entry, Use, autocast_input, differentiable, find, gradient_edge
+from ._uses import Entries, Entry, Use, autocast_input, differentiable, find, gradient_edge, is_dtensor
 from .layers import ROUTES, BatchLayout, Call, DenseFactors, Factors, registered
 from .layers.recompute import ExampleMismatchError, ModuleCall
 from .selection import Named, Parameters, select
@@ -56,6 +56,8 @@ class _Mode(TorchFunctionMode):
         watch = self.watch
         if func in BACKWARDS:
             return watch._backward_call(func, args, kwargs)
+        if watch._sharded:
+            watch._resolve((*args, *kwargs.values()))
         used = find(args, watch._entries)
         if kwargs:
             used += find(kwargs.values(), watch._entries)
@@ -127,8 +129,19 @@ class Watch:
                 f"the model is already being recorded ({', '.join(twice)}); close the other record first, or ask it "
                 f"for everything at once"
             )
+        whole = [named.name for named in chosen if is_dtensor(named.parameter) and named.claimants()]
+        if whole:
+            raise NotImplementedError(
+                f"{', '.join(whole)}: sharded (fully_shard) and recomputed or registered, which need whole parameters "
+                f"in backward; leave them out with parameters=, or do not shard their modules"
+            )
+        run_eagerly()
         self.names = [named.name for named in chosen]
         self._entries = {id(named.parameter): Entry(named) for named in chosen}
+        self._every = list(self._entries.values())
+        self._sharded = [
+            (entry, named.owners) for entry, named in zip(self._every, chosen) if is_dtensor(entry.parameter)
+        ]
         self._backend, self._threads = current_backend(), torch.get_num_threads()
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._edges: list[tuple[Use, GradientEdge]] = []
@@ -139,13 +152,11 @@ class Watch:
         self._roots: dict[int, int] = {}
         self._plan: Backward | None = None
         self._unseen: dict[str, None] = {}
-        self._hooks = [
-            entry.parameter.register_hook(lambda grad, entry=entry: self._arrived(entry, grad))
-            for entry in self._entries.values()
-        ]
-        _watched.update((id(entry.parameter), entry.name) for entry in self._entries.values())
-        # A compiled model hides its calls; an import of dynamo only to turn it off would cost seconds.
-        self._stance = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else None
+        self._hooked: list[torch.Tensor] = []
+        self._hooks: list[Any] = []
+        for entry in self._every:
+            self._await_gradient(entry, entry.parameter)
+        _watched.update((id(entry.parameter), entry.name) for entry in self._every)
         self._claims = Claims(self._claimed(chosen), self._layout, self._module_called)
         torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._mode = _Mode(self)
@@ -156,21 +167,23 @@ class Watch:
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._state = "closed"
         self._mode.__exit__(kind, error, trace)
-        if self._stance is not None:
-            self._stance.__exit__(kind, error, trace)
+        run_compiled()
         for hook in self._hooks:
             hook.remove()
-        for entry in self._entries.values():
+        for entry in self._every:
             del _watched[id(entry.parameter)]
-            if not entry.parameter._backward_hooks:
-                entry.parameter._backward_hooks = None
+        for parameter in self._hooked:
+            if not parameter._backward_hooks:
+                parameter._backward_hooks = None
         self._claims.close()
         for use in list(self._uses):
             use.handle.remove()
             use.spend()
         for module_use in list(self._module_uses):
             module_use.spend()
-        del self._mode, self._hooks, self._stance
+        del self._mode, self._hooks, self._hooked
+        self._entries = {id(entry.parameter): entry for entry in self._every}
+        self._sharded = []
         self._uses.clear()
         self._edges.clear()
         self._module_uses.clear()
@@ -199,7 +212,22 @@ class Watch:
                 claim.entries[name] = self._entries[id(named.parameter)]
         return list(claims.values())
 
+    def _await_gradient(self, entry: Entry, parameter: torch.Tensor) -> None:
+        self._hooks.append(parameter.register_hook(lambda grad: self._arrived(entry, grad)))
+        self._hooked.append(parameter)
+
     # --- forward ---------------------------------------------------------------------------------------------------
+
+    def _resolve(self, args: tuple) -> None:
+        """FSDP2 puts whole parameters, other tensors than the sharded ones, into the modules while these run."""
+        for arg in args:
+            if isinstance(arg, (list, tuple)):
+                self._resolve(tuple(arg))
+            elif isinstance(arg, torch.nn.Parameter) and arg.requires_grad and id(arg) not in self._entries:
+                for entry, owners in self._sharded:
+                    if any(module._parameters.get(name) is arg for module, name in owners):
+                        self._entries[id(arg)] = entry
+                        self._await_gradient(entry, arg)
 
     def _used(self, func: Any, args: tuple, kwargs: dict, used: list[Entry]) -> Any:
         if self._claims.running:
@@ -217,6 +245,8 @@ class Watch:
             call = route(*args, **kwargs)
         except NotImplementedError as error:
             raise NotImplementedError(f"{', '.join(entry.name for entry in used)}: {error}") from None
+        if self._sharded and any(is_dtensor(parameter) for parameter in call.parameters.values()):
+            self._refuse(func, used, "is used as a DTensor (tensor parallelism), which has no per-example route")
         entries = {
             role: self._entries[id(parameter)]
             for role, parameter in call.parameters.items()
@@ -299,7 +329,7 @@ class Watch:
         modules, self._module_edges = [use for use in self._module_edges if not use.spent], []
         module_edges = [edge for use in modules for edge in use.edges]
         # The sum over examples must be the gradient, so the claimed parameters' gradients are asked for too.
-        sums = [entry for entry in self._entries.values() if entry.name in self._claims.names] if modules else []
+        sums = [entry for entry in self._every if entry.name in self._claims.names] if modules else []
         if not edges and not modules:
             raise RuntimeError("no watched layer was called since the last backward; compute losses inside the watch")
         self._plan = run = Backward(planned=True)
@@ -330,7 +360,7 @@ class Watch:
     def _backward_call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         tensors = started_from(func, args, kwargs)
         check_graph(tensors, self._entries, self._spans)
-        if func is not torch.autograd.grad and any(entry.hidden for entry in self._entries.values()):
+        if func is not torch.autograd.grad and any(entry.hidden for entry in self._every):
             call = engine_arguments(tensors, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
             if call is not None:
                 engine = torch.autograd.Variable._execution_engine
@@ -368,7 +398,7 @@ class Watch:
             run.blank.update(entry.name for entry in use.entries.values())
             return
         use.check_version()
-        with self._quiet(grad.device.type):
+        with self._quiet():
             grad = grad.detach().reshape(use.shape)
             made = {role: self._factors(run, use, role, grad) for role in use.entries}
             if not keeps_graph():
@@ -392,14 +422,14 @@ class Watch:
         if some is None:
             run.blank.update(entry.name for entry in use.entries.values())
             return
-        with self._quiet(some.device.type):
-            Claims.quiet = True
+        with self._quiet():
+            rerun.running = True
             try:
                 made = use.factors(grads)
             except (NotImplementedError, ExampleMismatchError) as error:
                 raise type(error)(f"{use.names()}: {error}") from error
             finally:
-                Claims.quiet = False
+                rerun.running = False
             if not keeps_graph():
                 use.spend()
             for role, entry in use.entries.items():
@@ -481,10 +511,10 @@ class Watch:
         self._close_run(run)
 
     def _close_run(self, run: Backward) -> None:
-        with self._quiet("cpu"):
+        with self._quiet():
             for name in list(run.stash):
                 self._release(run, name)
-            for entry in self._entries.values():
+            for entry in self._every:
                 alone = len(entry.parameter._backward_hooks or ()) == 1  # another hook may have changed the gradient
                 if entry.name in run.sums and entry.name in run.grads and alone:
                     check_sum(entry.name, *run.sums[entry.name], run.grads[entry.name])
@@ -492,18 +522,14 @@ class Watch:
             self._finished(run)
 
     @contextmanager
-    def _quiet(self, device: str) -> Iterator[None]:
+    def _quiet(self) -> Iterator[None]:
         """The state that ops expect, in whatever thread and under whatever modes backward runs."""
         threads = torch.get_num_threads()
-        with torch._C.DisableTorchFunction(), torch.no_grad(), backend(self._backend):
+        with torch._C.DisableTorchFunction(), torch.no_grad(), torch._C._DisableAutocast(), backend(self._backend):
             if threads != self._threads:
                 torch.set_num_threads(self._threads)
             try:
-                if torch.is_autocast_enabled(device):
-                    with torch.autocast(device, enabled=False):
-                        yield
-                else:
-                    yield
+                yield
             finally:
                 if threads != self._threads:
                     torch.set_num_threads(threads)

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 
 TORCH = "2.13.0"
-OLDEST_TORCH = (2, 4)
+OLDEST_TORCH = (2, 6)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("VENV", ROOT / ".venv")).absolute()
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
@@ -110,7 +110,7 @@ def provide_torch() -> None:
         say("    PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make ...")
     if not pip(f"torch=={TORCH}"):
         raise SystemExit(
-            f"torch {TORCH} could not be installed, see above; any torch >= 2.4 that python3 imports will do"
+            f"torch {TORCH} could not be installed, see above; any torch >= 2.6 that python3 imports will do"
         )
 
 
