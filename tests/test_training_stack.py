@@ -275,6 +275,10 @@ def test_a_record_inside_a_compiled_function_is_refused():
 
 
 def test_two_threads_record_two_models():
+    from torch._dynamo.utils import counters
+
+    torch._dynamo.reset()
+    counters.clear()
     models = [mlp(), mlp()]
     compiled = [torch.compile(model, backend="eager") for model in models]
     batches = [batch(B=4), batch(B=5)]
@@ -308,6 +312,7 @@ def test_two_threads_record_two_models():
     for thread in threads:
         thread.join()
     assert not errors, errors
+    assert not counters["stats"]["unique_graphs"]
     for model, mine, (x, y) in zip(models, records, batches):
         oracle = one_at_a_time(model, losses_of(x, y))
         for rec in mine:
