@@ -141,6 +141,7 @@ class Claims:
         for hook in self._hooks:
             hook.remove()
         self._hooks, self.running = [], []
+        del self._done  # the watch, whose results should go as soon as its user drops it
 
     def covers(self, entry: Entry) -> bool:
         return any(entry is own for claim, *_ in self.running for own in claim.entries.values())

@@ -565,3 +565,51 @@ def test_a_forward_without_backward_keeps_nothing():
     finally:
         gc.enable()
     assert rec.sq_norms.shape == (B,)
+
+
+def test_an_input_read_the_wrong_way_is_never_silent():
+    model, x, y = Masked(0.0), torch.randn(B, B, D), torch.randint(0, D, (B,))
+    with pytest.raises(RuntimeError, match=r"gate.alpha: its per-example gradients do not add up"), gf.record(model):
+        step(model, x, y)
+
+
+def test_modules_inside_modules_each_answer_for_their_own():
+    class Outer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale, self.rnn, self.act = nn.Parameter(torch.randn(D)), nn.LSTM(D, D, batch_first=True), nn.PReLU()
+
+        def forward(self, x, *, factor):
+            return self.act(self.rnn(x * self.scale)[0][:, -1] * self.scale) * factor
+
+    model, x, y = Outer(), torch.randn(B, T, D), torch.randint(0, D, (B,))
+
+    def losses(m):
+        return F.cross_entropy(m(x.to(m.scale.dtype), factor=torch.tensor(2.0)), y, reduction="none")
+
+    with gf.record(model, **EVERYTHING) as rec:
+        losses(model).mean().backward()
+    assert_matches(rec, one_at_a_time(model, losses))
+
+
+def test_many_steps_leave_no_objects():
+    model, x, y = build("lstm-default-layout")
+    counts = []
+    for i in range(20):
+        with gf.record(model):
+            step(model, x, y)
+        if i in (5, 19):
+            gc.collect()
+            counts.append(len(gc.get_objects()))
+    assert counts[1] <= counts[0] + 10
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+def test_a_weight_made_by_a_hook_of_the_module():
+    model, (x, y) = nn.utils.weight_norm(nn.Linear(D, 3)), (torch.randn(B, D), torch.randint(0, 3, (B,)))
+    with gf.record(model) as rec:
+        step(model, x, y)
+    losses = F.cross_entropy(model(x), y, reduction="none")
+    rows = [torch.autograd.grad(loss, list(model.parameters()), retain_graph=True) for loss in losses]
+    want = [sum(grad.square().sum() for grad in row) for row in rows]
+    torch.testing.assert_close(rec.sq_norms, torch.stack(want), rtol=2e-5, atol=1e-8)
