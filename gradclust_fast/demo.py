@@ -300,8 +300,9 @@ def live_table(run: Run) -> Any:
             f"Strata and snapshot are {run.step - run.snapshot_step} steps old."
         ),
     )
-    for column, justify in (("estimator", "left"), ("variance", "right"), ("normalized", "right"), ("÷ SG-B", "right")):
-        table.add_column(column, justify=justify, no_wrap=True)
+    table.add_column("estimator", no_wrap=True)
+    for column in ("variance", "normalized", "÷ SG-B"):
+        table.add_column(column, justify="right", no_wrap=True)
     table.add_column("÷ SG-B so far", no_wrap=True)
     for name in COLORS:
         if name in last:
