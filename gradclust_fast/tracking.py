@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._arguments import integer
 from .recording import record
 from .selection import Parameters, select
 from .watching import _watched
@@ -85,12 +87,9 @@ class VarianceTracker:
         batch_size: int | None = None,
         parameters: Parameters = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int, got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1) or None, got {decay}")
+        every = integer("every", every, 1)
+        if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= decay < 1):
+            raise ValueError(f"decay must be in [0, 1) or None, got {decay!r}")
         self.model, self.every, self._decay = model, every, decay
         self._write = _writer(writer)
         self._options: dict[str, Any] = {

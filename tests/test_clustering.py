@@ -426,6 +426,8 @@ def test_bad_data_is_named(method):
         found.fit(DataLoader(data), losses)
     with pytest.raises(TypeError, match="map-style"):
         found.fit(iter(data), losses)
+    with pytest.raises(ValueError, match="batch_size=None, which yields single examples"):
+        found.fit(DataLoader(gf.with_indices(data), batch_size=None), losses)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         found.fit(data, losses, batch_size=0)
     with pytest.raises(ValueError, match="mode must be"):
@@ -447,6 +449,21 @@ def test_a_finite_loss_with_an_infinite_gradient_is_named(method):
 
     with pytest.raises(ValueError, match=r"40 example\(s\) is not finite: index 0, 1,"):
         clustering(method).fit(small_data(), steep)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_one_example_with_an_infinite_gradient_is_named_alone(method):
+    class Blowup(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.index_fill(0, torch.tensor([2]), float("inf"))
+
+    with pytest.raises(ValueError, match=r"1 example\(s\) is not finite"):
+        clustering(method).fit(small_data(), lambda output, target: losses(Blowup.apply(output), target), batch_size=40)
 
 
 def test_a_parameter_without_a_route_is_named():

@@ -179,7 +179,7 @@ def test_single_examples_are_kept_out_of_the_average():
     "options, error, message",
     [
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
-        ({"every": 1.0}, TypeError, "every must be an int"),
+        ({"every": 1.0}, TypeError, "every must be an integer"),
         ({"writer": 3}, TypeError, "writer must have add_scalar"),
         ({"decay": 1.0}, ValueError, "decay must be in"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction"),

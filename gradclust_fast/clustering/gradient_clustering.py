@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._arguments import integer
 from .._passes import Forward, LossFn, batches, check_finite, losses_of, model_device, num_examples, untouched
 from ..layers import Factors
 from ..sampling import Strata
@@ -17,7 +18,7 @@ from ..selection import Parameters
 from ..sketching import Sketch
 from ..watching import Watch
 from ._progress import Advance, progress_bar
-from .exact import balanced_labels, check_count, check_fraction, cluster_points
+from .exact import balanced_labels, check_fraction, cluster_points
 from .factored import Distances, Rank1Centers, refill_smallest
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,8 +91,7 @@ class GradientClustering:
             raise ValueError(f"method must be one of {', '.join(map(repr, OPTIONS))}, got {method!r}")
         if sketch is not None and not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a gf.Sketch, got {type(sketch).__name__}; for example gf.Sketch(dim=256)")
-        check_count("num_clusters", num_clusters, 1)
-        check_count("seed", seed, None)
+        num_clusters, seed = integer("num_clusters", num_clusters, 1), integer("seed", seed)
         given = {"max_sweeps": max_sweeps, "tol": tol, "rounds": rounds, "min_size": min_size}
         options = dict(OPTIONS[method])
         for name, value in given.items():
@@ -99,7 +99,10 @@ class GradientClustering:
                 continue
             if name not in options:
                 raise ValueError(f"{name} is not an option of method={method!r}, which has {', '.join(options)}")
-            check_fraction(name, value) if name == "tol" else check_count(name, value, 0 if name == "min_size" else 1)
+            if name == "tol":
+                check_fraction(name, value)
+            else:
+                value = integer(name, value, 0 if name == "min_size" else 1)
             options[name] = value
         self.model, self.num_clusters, self.method, self.seed = model, num_clusters, method, seed
         self.sketch = Sketch() if sketch is None else sketch
@@ -141,7 +144,7 @@ class GradientClustering:
                 gradients that are not finite (naming the examples).
             NotImplementedError: a parameter without a per-example route.
         """
-        check_count("batch_size", batch_size, 1)
+        batch_size = integer("batch_size", batch_size, 1)
         N = num_examples(dataset)
         loader_size = dataset.batch_size if isinstance(dataset, DataLoader) else None
         steps = math.ceil(N / (loader_size or batch_size))
@@ -205,7 +208,7 @@ class _Fit:
         for number in range(1, rounds + 1):
             counts = torch.zeros(K, dtype=torch.int64)
             for index, batch in self._batches(f"round {number}/{rounds}: assignment", shuffle=True):
-                batch_distances = Distances(centers)
+                batch_distances = Distances(centers, index)
                 self._stream(batch_distances, index, batch)
                 labels[index], distances[index] = batch_distances.assign(counts)
                 check_finite("the gradient's distance to a centre", distances[index], index)
