@@ -471,3 +471,17 @@ def test_a_parameter_without_a_route_is_named():
     data = TensorDataset(torch.randn(6, 3), torch.zeros(6, dtype=torch.int64))
     with pytest.raises(NotImplementedError, match=r"1\.weight"):
         gf.GradientClustering(model, 2).fit(data, losses)
+
+
+def test_a_chain_of_small_steps_is_not_merged_from_end_to_end():
+    chain = torch.linspace(1, 1.1, 50001).unsqueeze(1)  # neighbours 2e-6 apart, the ends 0.1
+    assert (merge_equal_rows(chain) - chain).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_copies_of_one_example_share_a_stratum_wherever_they_stand(batch_size):
+    x, y = small_data().tensors
+    which = torch.arange(60)[torch.randperm(60)] % 6
+    strata = clustering(K=6).fit(TensorDataset(x[which], y[which]), losses, batch_size=batch_size)
+    for example in range(6):
+        assert len(strata.labels[which == example].unique()) == 1

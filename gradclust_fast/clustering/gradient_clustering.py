@@ -294,12 +294,18 @@ def merge_equal_rows(rows: Tensor) -> Tensor:
     typical = square.mean().sqrt()
     generator = torch.Generator().manual_seed(0)
     order = (rows.double() @ torch.randn(rows.shape[1], dtype=torch.float64, generator=generator)).argsort(stable=True)
+
+    def differ(here: Tensor, there: Tensor) -> Tensor:
+        parts = zip(here.split(65536), there.split(65536))  # bounds the float64 copies
+        distance = torch.cat([(rows[a].double() - rows[b].double()).norm(dim=1) for a, b in parts])
+        return distance > torch.maximum(1e-5 * square[here].sqrt(), 1e-7 * typical)
+
     first = torch.ones(len(rows), dtype=torch.bool)  # in that order: whether a row differs from the one before it
-    for at in range(1, len(rows), 65536):
-        here, before = order[at : at + 65536], order[at - 1 : at - 1 + 65536][: len(order[at : at + 65536])]
-        distance = (rows[here].double() - rows[before].double()).norm(dim=1)
-        first[at : at + 65536] = distance > torch.maximum(1e-5 * square[here].sqrt(), 1e-7 * typical)
-    source = torch.where(first, torch.arange(len(rows)), 0).cummax(0).values
+    if len(rows) > 1:
+        first[1:] = differ(order[1:], order[:-1])
+    source = order[torch.where(first, torch.arange(len(rows)), 0).cummax(0).values]
+    # A long chain of small steps goes far: no row may move by more than rounding.
+    source = torch.where(differ(order, source), order, source)
     merged = torch.empty_like(rows)
-    merged[order] = rows[order[source]]
+    merged[order] = rows[source]
     return merged
