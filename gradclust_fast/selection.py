@@ -9,10 +9,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .layers import Call, route_of
+from .sketching import WRAPPERS
 
 Parameters = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = WRAPPERS | {"module"}
 
 REMEDIES = (
     "leave them out with parameters= (name globs, or a predicate of name and parameter), freeze them with "

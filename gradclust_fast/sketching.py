@@ -15,7 +15,8 @@ from ._arguments import integer
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123's constants of Philox4x32
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Attributes under which torch.compile, FSDP and checkpoint wrappers keep the module they wrap."""
 
 
 class Factors(Protocol):
@@ -66,7 +67,7 @@ def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, 
 
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
