@@ -70,6 +70,8 @@ def _matcher(parameters: Parameters, names: list[str]) -> Callable[[str, nn.Para
         return lambda name, parameter: True
     if callable(parameters):
         return parameters
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be name globs or a predicate(name, parameter), got {parameters!r}")
     globs = [parameters] if isinstance(parameters, str) else list(parameters)
     for glob in globs:
         if not isinstance(glob, str):
