@@ -29,7 +29,7 @@ def current_backend() -> str:
     """The backend in force in this thread: ``gf.backend``'s, else ``GRADCLUST_BACKEND``, else ``auto``."""
     name = _forced.get()
     if name is None:
-        name = _checked(os.environ.get("GRADCLUST_BACKEND", "auto"), "GRADCLUST_BACKEND")
+        name = _checked(os.environ.get("GRADCLUST_BACKEND") or "auto", "GRADCLUST_BACKEND")
     return name
 
 

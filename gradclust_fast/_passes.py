@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
+from ._arguments import integer
 from .sampling import IndexedDataset
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -85,6 +86,10 @@ def num_examples(data: Dataset | DataLoader) -> int:
             f"dataset must be map-style (len() and indexing), got {type(dataset).__name__}; "
             f"materialise an iterable data set first, for example as a list"
         )
+    if isinstance(data, DataLoader) and data.batch_size is None and data.batch_sampler is None:
+        raise ValueError(
+            "dataset is a DataLoader with batch_size=None, which yields single examples; give it a batch size"
+        )
     N = len(dataset)
     if N == 0:
         raise ValueError("dataset is empty; there is nothing to measure")
@@ -107,8 +112,7 @@ def batches(
         groups: visit exactly these index lists as batches instead, with the loader's collation if there is one.
     """
     N = num_examples(data)
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    batch_size = integer("batch_size", batch_size, 1)
     if isinstance(data, DataLoader):
         loader = data
         if groups is not None:

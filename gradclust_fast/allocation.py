@@ -7,6 +7,7 @@ import math
 
 import numpy as np
 
+from ._arguments import integer
 from .strata import NO_VARIANCE, Strata
 
 ALLOCATIONS = ("equal", "proportional", "neyman")
@@ -176,11 +177,12 @@ class Plan:
     """
 
     def __init__(self, strata: Strata, batch_size: int, allocation: str = "equal", replacement: bool = False) -> None:
+        check_batch(strata, batch_size, allocation, replacement)
+        batch_size = integer("batch_size", batch_size)
         self.strata = copy.copy(strata)  # the plan stays what it is when load_state_dict changes the original
         self.batch_size, self.replacement = batch_size, replacement
         self.counts = counts = strata.counts.numpy()
         N, B, filled = int(counts.sum()), batch_size, counts > 0
-        check_batch(strata, batch_size, allocation, replacement)
         self.order = np.argsort(strata.labels.numpy(), kind="stable")
         self.start = np.concatenate([[0], np.cumsum(counts)[:-1]])
         self.take: np.ndarray | None = None
@@ -238,12 +240,15 @@ class Plan:
         return within, float(own @ (y**2).sum(1) + weight @ ((basis.T @ y) ** 2).sum(1))
 
 
+def check_strata(strata: Strata) -> None:
+    if not isinstance(strata, Strata):
+        raise TypeError(f"strata must be gf.Strata, got {type(strata).__name__}; make them with gf.Strata(labels, K)")
+
+
 def check_batch(strata: Strata, batch_size: int, allocation: str, replacement: bool) -> None:
     """Raises when no stratified batch of this size can be drawn."""
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")
+    check_strata(strata)
+    batch_size = integer("batch_size", batch_size, 1)
     if allocation not in ALLOCATIONS:
         raise ValueError(f"allocation must be one of {', '.join(map(repr, ALLOCATIONS))}, got {allocation!r}")
     if not replacement and batch_size > len(strata):

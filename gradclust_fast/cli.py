@@ -98,10 +98,12 @@ def parser() -> argparse.ArgumentParser:
         "the gradient variance of SGD, SGD with twice the batch, SVRG and Gradient Clustering.",
     )
     command.add_argument("--data", metavar="DIR", help="directory with MNIST's files; default: scikit-learn's digits")
-    command.add_argument("--limit", type=positive_int, default=10000, metavar="N", help="use the first N examples")
+    command.add_argument(
+        "--limit", type=positive_int, default=10000, metavar="N", help="use the first N examples (%(default)s)"
+    )
     command.add_argument("--steps", type=positive_int, default=600, metavar="N", help="training steps (%(default)s)")
     command.add_argument("--out", type=Path, default=Path("demo-out"), metavar="DIR", help="default: %(default)s")
-    command.add_argument("--seed", type=int, default=0, metavar="N")
+    command.add_argument("--seed", type=int, default=0, metavar="N", help="of everything random (%(default)s)")
     command.set_defaults(run=run_demo)
 
     command = commands.add_parser(

@@ -28,7 +28,7 @@ from .sketching import Sketch
 from .variance import compare_estimators
 
 MEASUREMENTS = 15
-REFRESHES = 3
+REFRESHES = 5
 COLORS = {"SG-B": "#444444", "SG-2B": "#0072B2", "SVRG": "#D55E00", "GC": "#009E73"}  # distinct without colour vision
 COLUMNS = (
     "step", "age", "estimator", "batch_size", "gradients_per_step", "variance", "normalized_variance",
@@ -243,7 +243,7 @@ def as_csv(points: list[Point]) -> str:
 def figure(points: list[Point], setting: Setting) -> bytes:
     """Two panels against training steps: gradient variance, and normalized variance."""
     from matplotlib.figure import Figure  # no pyplot: nothing global, no window
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import NullFormatter
 
     picture = Figure(figsize=(12, 5.2), layout="constrained")
     picture.suptitle(f"Gradient variance along one training run: small CNN on {setting.title}", fontsize=14)
@@ -252,20 +252,24 @@ def figure(points: list[Point], setting: Setting) -> bytes:
         "normalized_variance": "normalized variance  V[ĝ] / E[ĝ²]",
     }
     for axes, (field, title) in zip(picture.subplots(1, len(panels)), panels.items()):
+        logarithmic = field == "variance"
         # SVRG's variance is 0 at its own snapshot, which no log axis can show: its line leaves the panel there
         shown = [getattr(p, field) for p in points if p.estimator != "SVRG" or p.age > 0]
         shown = [value for value in shown if value > 0 and math.isfinite(value)]
         low, high = (min(shown) / 2, max(shown) * 2) if shown else (1e-3, 1.0)
         for name, color in COLORS.items():
             mine = [p for p in points if p.estimator == name]
-            values = [max(getattr(p, field), low / 1e3) for p in mine]
+            values = [max(getattr(p, field), low / 1e3 if logarithmic else 0.0) for p in mine]
             axes.plot([p.step for p in mine], values, color=color, marker="o", ms=4, label=setting.describe(name))
         for step in sorted({p.step for p in points if p.age == 0}):
             label = "new strata and SVRG snapshot" if step == 0 else None
             axes.axvline(step, color="#999999", lw=0.8, ls=":", zorder=0, label=label)
-        axes.set(yscale="log", ylim=(low, high), title=title, xlabel="training steps")
-        axes.yaxis.set_major_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
-        axes.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(2, 0.5)))
+        axes.set(title=title, xlabel="training steps")
+        if logarithmic:
+            axes.set(yscale="log", ylim=(low, high))
+            axes.yaxis.set_minor_formatter(NullFormatter())
+        else:
+            axes.set(ylim=(0, 1.05))
         axes.grid(True, which="major", alpha=0.25)
     picture.legend(*picture.axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=5, fontsize=10)
     image = io.BytesIO()
@@ -291,18 +295,21 @@ def live_table(run: Run) -> Any:
     accuracy = f"{100 * run.points[-1].test_accuracy:.1f} %" if run.points else "–"
     table = Table(
         title=f"step {run.step} of {setting.steps}   training loss {run.train_loss:.3f}   test accuracy {accuracy}",
-        caption=f"Small CNN on {setting.title}. Strata and snapshot are {run.step - run.snapshot_step} steps old.",
+        caption=(
+            f"Small CNN on {setting.title}, B = {setting.batch_size}.\n"
+            f"Strata and snapshot are {run.step - run.snapshot_step} steps old."
+        ),
     )
     table.add_column("estimator", no_wrap=True)
-    for column in ("gradient variance", "normalized variance", "ratio to SG-B"):
-        table.add_column(column, justify="right")
-    table.add_column("its history", no_wrap=True)
+    for column in ("variance", "normalized", "÷ SG-B"):
+        table.add_column(column, justify="right", no_wrap=True)
+    table.add_column("÷ SG-B so far", no_wrap=True)
     for name in COLORS:
         if name in last:
             point = last[name]
             history = [each.ratio for each in run.points if each.estimator == name]
-            numbers = (f"{point.variance:.3g}", f"{point.normalized_variance:.3f}", f"{point.ratio:.2f}")
-            table.add_row(f"{name}: {setting.describe(name)}", *numbers, sparkline(history) if name != "SG-B" else "")
+            numbers = (f"{point.variance:.2e}", f"{point.normalized_variance:.3f}", f"{point.ratio:.2f}")
+            table.add_row(name, *numbers, sparkline(history) if name != "SG-B" else "")
     return table
 
 

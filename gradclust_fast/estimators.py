@@ -8,7 +8,8 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from .allocation import Plan, uniform_below
+from ._arguments import integer
+from .allocation import Plan, check_strata, uniform_below
 from .strata import Strata
 
 
@@ -45,8 +46,7 @@ class Uniform(Estimator):
     """
 
     def __init__(self, batch_size: int, replacement: bool = True, *, name: str | None = None) -> None:
-        check_batch_size(batch_size)
-        self.batch_size = self.gradients_per_step = batch_size
+        self.batch_size = self.gradients_per_step = batch_size = integer("batch_size", batch_size, 1)
         self.replacement = replacement
         self.name = name or f"{type(self).__name__}({batch_size}{'' if replacement else ', without replacement'})"
 
@@ -129,8 +129,7 @@ class Stratified(Estimator):
         *,
         name: str | None = None,
     ) -> None:
-        if not isinstance(strata, Strata):
-            raise TypeError(f"strata must be gf.Strata, got {type(strata).__name__}; gf.Strata(labels, num_clusters)")
+        check_strata(strata)
         filled = int((strata.counts > 0).sum())
         self.strata = strata
         self.plan = Plan(strata, filled if batch_size is None else batch_size, allocation, replacement)
@@ -153,10 +152,3 @@ def uniform_factor(B: int, N: int, replacement: bool) -> float:
     if replacement:
         return 1 / B
     return (N - B) / (N - 1) / B if N > 1 else 0.0
-
-
-def check_batch_size(batch_size: int) -> None:
-    if isinstance(batch_size, bool) or not isinstance(batch_size, int):
-        raise TypeError(f"batch_size must be an int, got {type(batch_size).__name__}")
-    if batch_size < 1:
-        raise ValueError(f"batch_size must be at least 1, got {batch_size}")

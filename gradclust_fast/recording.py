@@ -11,6 +11,7 @@ import torch
 
 from .layers import Factors
 from .selection import Parameters
+from .sketching import Sketch
 from .watching import Backward, Watch
 
 
@@ -91,7 +92,7 @@ class record(Watch):
         model: torch.nn.Module,
         *,
         sq_norms: bool = True,
-        sketch: Any = None,
+        sketch: Sketch | None = None,
         gram: bool = False,
         moments: bool = False,
         loss_reduction: str = "mean",
@@ -110,7 +111,7 @@ class record(Watch):
             isinstance(loss_scale, numbers.Real) and math.isfinite(loss_scale) and loss_scale != 0
         ):
             raise ValueError(f"loss_scale must be a finite number other than 0 or a GradScaler, got {loss_scale!r}")
-        if sketch is not None and not hasattr(sketch, "apply"):
+        if sketch is not None and not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a gf.Sketch or None, got {sketch!r}; e.g. sketch=gf.Sketch(dim=256)")
         if not (sq_norms or gram or moments or sketch is not None):
             raise ValueError(
@@ -211,7 +212,7 @@ class record(Watch):
 
     @property
     def sketches(self) -> torch.Tensor:
-        """[B, dim] random projections of ∇ℓ_b, parameters added up, or side by side with ``reduce=False``."""
+        """[B, dim] random projections of ∇ℓ_b, parameters added up, or side by side for ``Sketch(reduce=False)``."""
         passes = self._results("sketch", "sketch=gf.Sketch(dim=256)")
         keys = [key for key in ("", *self.names) if any(key in rows.sketches for rows in passes)]
         blocks = []

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset, IterableDataset, Sampler
 
-from .allocation import Plan, check_batch
+from ._arguments import integer
+from .allocation import Plan, check_batch, check_strata
 from .strata import Strata
 
 __all__ = ["IndexedDataset", "Strata", "StratifiedBatchSampler", "with_indices"]
@@ -133,12 +134,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         rank: int | None = None,
     ) -> None:
         self.num_replicas, self.rank = _replicas(num_replicas, rank)
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be an int, got {type(seed).__name__}")
-        if seed < 0:
-            raise ValueError(f"seed must not be negative, got {seed}")
         check_batch(strata, batch_size, allocation, replacement)
-        self.batch_size, self.allocation, self.replacement, self.seed = batch_size, allocation, replacement, seed
+        self.batch_size, self.seed = integer("batch_size", batch_size), integer("seed", seed, 0)
+        self.allocation, self.replacement = allocation, replacement
         self._plan = self._plan_for(strata)
         self._pending: Plan | None = None  # of strata that act from the next epoch on
         self._running: int | None = None  # the epoch of the latest pass, None until its first batch
@@ -222,6 +220,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: for strata of another number of examples, or that allow no batch of this size.
         """
+        check_strata(strata)
         if len(strata) != len(self.strata):
             raise ValueError(
                 f"strata must be of the same {len(self.strata)} examples, got {len(strata)}; make a new sampler for "
@@ -231,11 +230,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
 
     def set_epoch(self, epoch: int) -> None:
         """The next pass over the sampler will be this epoch, from its first batch."""
-        if isinstance(epoch, bool) or not isinstance(epoch, int):
-            raise TypeError(f"epoch must be an int, got {type(epoch).__name__}")
-        if epoch < 0:
-            raise ValueError(f"epoch must not be negative, got {epoch}")
-        self._running, self._next_epoch, self._skip = None, epoch, 0
+        self._running, self._next_epoch, self._skip = None, integer("epoch", epoch, 0), 0
 
     def state_dict(self, batches_done: int | None = None) -> dict[str, Any]:
         """Everything needed to go on in another process, strata included.
@@ -274,6 +269,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         Raises:
             ValueError: when the sampler was made with other arguments than the saved one (the rank may differ).
         """
+        missing = set(self.state_dict(0)) - set(state)
+        if missing:
+            raise ValueError(f"state has no {sorted(missing)}; pass what StratifiedBatchSampler.state_dict() returned")
         for name in ("batch_size", "num_replicas", "allocation", "replacement"):
             if state[name] != getattr(self, name):
                 raise ValueError(
@@ -303,8 +301,7 @@ def _replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:
         num_replicas = torch.distributed.get_world_size() if initialised else 1
     if rank is None:
         rank = torch.distributed.get_rank() if initialised else 0
-    if num_replicas < 1:
-        raise ValueError(f"num_replicas must be at least 1, got {num_replicas}")
+    num_replicas, rank = integer("num_replicas", num_replicas, 1), integer("rank", rank)
     if not 0 <= rank < num_replicas:
         raise ValueError(f"rank must be in 0..{num_replicas - 1} (num_replicas={num_replicas}), got {rank}")
     return num_replicas, rank

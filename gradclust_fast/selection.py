@@ -10,10 +10,11 @@ from fnmatch import fnmatchcase
 from torch import nn
 
 from .layers import Call, refuses, registered, route_of
+from .sketching import WRAPPERS
 
 Parameters = str | Iterable[str] | Callable[[str, nn.Parameter], bool] | None
 
-_WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
+_WRAPPERS = WRAPPERS | {"module"}
 
 REMEDIES = (
     "leave them out with parameters= (name globs, or a predicate of name and parameter), freeze them with "
@@ -90,6 +91,8 @@ def _matcher(parameters: Parameters, names: list[str]) -> Callable[[str, nn.Para
         return lambda name, parameter: True
     if callable(parameters):
         return parameters
+    if not isinstance(parameters, Iterable):
+        raise TypeError(f"parameters must be name globs or a predicate(name, parameter), got {parameters!r}")
     globs = [parameters] if isinstance(parameters, str) else list(parameters)
     for glob in globs:
         if not isinstance(glob, str):

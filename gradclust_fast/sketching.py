@@ -10,10 +10,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from ._arguments import integer
+
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123's constants of Philox4x32
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+"""Attributes under which torch.compile, FSDP and checkpoint wrappers keep the module they wrap."""
 
 
 class Factors(Protocol):
@@ -64,7 +67,7 @@ def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, 
 
 def canonical_name(name: str) -> str:
     """A parameter's name without the prefixes that DDP, FSDP, torch.compile and checkpoint wrappers add."""
-    parts = [part for part in name.split(".") if part not in _WRAPPERS]
+    parts = [part for part in name.split(".") if part not in WRAPPERS]
     while len(parts) > 1 and parts[0] == "module":
         parts.pop(0)
     return ".".join(parts)
@@ -83,7 +86,7 @@ class Sketch:
     Args:
         dim: R, length of a sketch. A squared distance has a relative variance of at most (1+2/P)(1+2/Q)(1+2/R) − 1.
             Used by ``reduce=True``.
-        seed: any integer; another seed gives independent matrices.
+        seed: any 64-bit integer; another seed gives independent matrices.
         sides: (P, Q), how many columns the thin matrices keep. A side of the gradient that is no longer stays as it is
             (identity), and the room it leaves goes to the other side: a bias keeps up to P·Q entries.
         reduce: with False the second stage is left out: ``apply`` returns [B, P_l·Q_l], and the parameters' vectors
@@ -112,10 +115,7 @@ class Sketch:
             raise TypeError(f"sides must be two integers (P, Q), got {self.sides!r}")
         object.__setattr__(self, "sides", tuple(self.sides))
         for name, value in (("dim", self.dim), ("seed", self.seed), *(("sides", side) for side in self.sides)):
-            if isinstance(value, bool) or not isinstance(value, int):
-                raise TypeError(f"{name} must be an integer, got {value!r}")
-            if name != "seed" and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+            integer(name, value, None if name == "seed" else 1)
         if len(self.sides) != 2:
             raise ValueError(f"sides must be two integers (P, Q), got {self.sides!r}")
 

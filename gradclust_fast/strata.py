@@ -7,6 +7,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ._arguments import integer
+
 
 class Strata:
     """A partition of N examples into K strata (clusters), some of which may be empty.
@@ -38,11 +40,11 @@ class Strata:
     def __init__(
         self, labels: Any, num_clusters: int, *, variance: Any | None = None, means: Any | None = None
     ) -> None:
-        labels = torch.as_tensor(labels).detach()
-        if isinstance(num_clusters, bool) or not isinstance(num_clusters, int):
-            raise TypeError(f"num_clusters must be an int, got {type(num_clusters).__name__}")
-        if num_clusters < 1:
-            raise ValueError(f"num_clusters must be at least 1, got {num_clusters}")
+        num_clusters = integer("num_clusters", num_clusters, 1)
+        try:
+            labels = torch.as_tensor(labels).detach()
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise TypeError(f"labels must be [N] integers, got {type(labels).__name__}: {error}") from error
         if labels.dim() != 1:
             raise ValueError(f"labels must be [N], got {list(labels.shape)}; pass one integer per example")
         if not len(labels):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import numbers
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ from typing import Any
 import torch
 from torch import nn
 
+from ._arguments import integer
 from .recording import record
 from .selection import Parameters, select
-from .watching import _watched
+from .watching import _watched, idle
 
 Writer = Callable[[str, float, int], Any]
 
@@ -85,12 +87,9 @@ class VarianceTracker:
         batch_size: int | None = None,
         parameters: Parameters = None,
     ) -> None:
-        if isinstance(every, bool) or not isinstance(every, int):
-            raise TypeError(f"every must be an int, got {type(every).__name__}")
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got {every}")
-        if decay is not None and not 0 <= decay < 1:
-            raise ValueError(f"decay must be in [0, 1) or None, got {decay}")
+        every = integer("every", every, 1)
+        if decay is not None and not (isinstance(decay, numbers.Real) and 0 <= decay < 1):
+            raise ValueError(f"decay must be in [0, 1) or None, got {decay!r}")
         self.model, self.every, self._decay = model, every, decay
         self._write = _writer(writer)
         self._options: dict[str, Any] = {
@@ -129,7 +128,7 @@ class VarianceTracker:
             opened.__enter__()
         else:
             opened = self._record
-            opened._mode.__enter__()
+            self._wake()
         self._record, self._inside = opened, True
         try:
             yield opened
@@ -151,33 +150,47 @@ class VarianceTracker:
         """Removes the tracker from the model. ``history`` stays."""
         for hook in self._hooks:
             hook.remove()
-        if self._record is not None and not self._inside:
-            self._record._mode.__enter__()
-            self._leave(RuntimeError, None, None)  # no backward came, and none is missed
+        self._abandon()
 
     def _leave(self, kind: Any, error: Any, trace: Any) -> None:
         opened, self._record, self._inside = self._record, None, False
         if opened is not None:
             opened.__exit__(kind, error, trace)
 
+    def _abandon(self) -> None:
+        """Ends the record of a forward that no step followed."""
+        if self._record is not None and not self._inside:
+            if self._forwards == 0:
+                self._wake()
+            self._leave(RuntimeError, None, None)  # no backward came, and none is missed
+
+    def _wake(self) -> None:
+        assert self._record is not None
+        for i in self._ids:
+            idle.pop(i, None)
+        self._record._mode.__enter__()
+
     def _before(self, module: nn.Module, args: Any) -> None:
         if self._inside or self.steps % self.every or not (module.training and torch.is_grad_enabled()):
             return
         if self._forwards == 0:
+            if self._record is not None and self._record.backwards:
+                self._abandon()  # that backward ran outside of step()
             if self._record is None:
                 if any(i in _watched for i in self._ids):
                     return  # somebody else's record; step() will say so
                 self._record = record(self.model, **self._options)
                 self._record.__enter__()
             else:
-                self._record._mode.__enter__()
+                self._wake()
         self._forwards += 1
 
     def _after(self, module: nn.Module, args: Any, output: Any) -> None:
         if self._forwards:
             self._forwards -= 1
             if self._forwards == 0 and self._record is not None:
-                self._record._mode.__exit__(None, None, None)  # sleeps until step()
+                self._record._mode.__exit__(None, None, None)  # sleeps until step(), or until another record opens
+                idle.update(dict.fromkeys(self._ids, self._abandon))
 
     def _note(self, rec: record) -> None:
         norms = rec.sq_norms

@@ -18,7 +18,7 @@ from ._sums import Difference, GroupedSums, PerParameter, Sums, shapes_of, strea
 from .estimators import SVRG, Estimator, Stratified, Uniform, uniform_factor
 from .monte_carlo import monte_carlo_of
 from .report import EstimatorReport, EstimatorRow
-from .selection import Parameters
+from .selection import Parameters, named_parameters
 from .strata import Strata
 
 
@@ -324,6 +324,8 @@ def _row(
 
 
 def _checked(estimators: Sequence[Estimator], N: int, monte_carlo: int) -> list[Estimator]:
+    if isinstance(estimators, Estimator):
+        raise TypeError(f"estimators must be a list, got one {type(estimators).__name__}; put it in brackets")
     estimators = list(estimators)
     if not estimators:
         raise ValueError("estimators is empty; pass for example [gf.Uniform(128), gf.Stratified(strata)]")
@@ -357,7 +359,18 @@ def _snapshot(model: nn.Module, estimator: SVRG) -> nn.Module:
             f"{estimator.name}: snapshot shares {len(shared)} parameters with the model, so nothing would differ; take "
             f"it with copy.deepcopy(model)"
         )
+    shapes = [{e.name: e.parameter.shape for e in named_parameters(module)} for module in (model, snapshot)]
+    if shapes[0] != shapes[1]:
+        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ValueError(
+            f"{estimator.name}: snapshot is not a copy of this model: {name} is {_size(shapes[1], name)} there and "
+            f"{_size(shapes[0], name)} here; take it with copy.deepcopy(model)"
+        )
     return snapshot
+
+
+def _size(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"
 
 
 def _mode_notes(model: nn.Module, mode: str) -> tuple[str, ...]:

@@ -27,6 +27,8 @@ from .layers.recompute import ExampleMismatchError, ModuleCall
 from .selection import Named, Parameters, select
 
 _watched: dict[int, str] = {}  # id of every parameter that some open watch watches, and its name
+idle: dict[int, Callable[[], None]] = {}
+"""id of every parameter whose watch sleeps between a forward and its backward, and what ends that watch."""
 
 
 class Backward:
@@ -123,6 +125,8 @@ class Watch:
         if self._state != "new":
             raise RuntimeError(f"this {type(self).__name__} was used before; open a new one for every `with`")
         chosen = select(self.model, self._parameters)
+        for give_up in {idle[id(named.parameter)] for named in chosen if id(named.parameter) in idle}:
+            give_up()
         twice = [named.name for named in chosen if id(named.parameter) in _watched]
         if twice:
             raise RuntimeError(

@@ -18,6 +18,8 @@ GRID = [  # B, positions, I, O, why
     pytest.param(19, (2,), 1, 23, id="one-in-feature"),
     pytest.param(19, (3,), 23, 1, id="one-out-feature"),
     pytest.param(2, (33,), 300, 4, id="several-depth-blocks"),
+    pytest.param(3, (2,), 0, 5, id="no-in-features"),
+    pytest.param(3, (), 5, 0, id="no-out-features"),
 ]
 
 
@@ -45,7 +47,7 @@ def eager_grads(act, grad, bias=False):
     dtype = torch.float64 if act.dtype == torch.float64 else torch.float32
     act, grad = act.to(dtype), grad.to(dtype)
     if bias:
-        act = torch.cat([act, torch.ones_like(act[..., :1])], 2)
+        act = torch.cat([act, act.new_ones(*act.shape[:-1], 1)], 2)
     return grad.mT @ act  # [B, O, I (+ 1)]
 
 

@@ -9,7 +9,8 @@ def linear_grads(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> t
     """G_b of act [B, *, I], grad [B, *, O]: [B, O, I], or [B, O, I + 1] with the bias gradient as the last column."""
     rows = []
     for a, d in zip(act.double().cpu(), grad.double().cpu()):
-        a, d = a.reshape(-1, act.shape[-1]), d.reshape(-1, grad.shape[-1])
+        T = a.shape[:-1].numel()
+        a, d = a.reshape(T, act.shape[-1]), d.reshape(T, grad.shape[-1])
         G = d.new_zeros(d.shape[1], a.shape[1] + bias)  # [O, I (+ 1)]
         for t in range(a.shape[0]):
             G += torch.outer(d[t], torch.cat([a[t], a.new_ones(1)]) if bias else a[t])

@@ -426,6 +426,8 @@ def test_bad_data_is_named(method):
         found.fit(DataLoader(data), losses)
     with pytest.raises(TypeError, match="map-style"):
         found.fit(iter(data), losses)
+    with pytest.raises(ValueError, match="batch_size=None, which yields single examples"):
+        found.fit(DataLoader(gf.with_indices(data), batch_size=None), losses)
     with pytest.raises(ValueError, match="batch_size must be at least 1"):
         found.fit(data, losses, batch_size=0)
     with pytest.raises(ValueError, match="mode must be"):
@@ -449,6 +451,21 @@ def test_a_finite_loss_with_an_infinite_gradient_is_named(method):
         clustering(method).fit(small_data(), steep)
 
 
+@pytest.mark.parametrize("method", METHODS)
+def test_one_example_with_an_infinite_gradient_is_named_alone(method):
+    class Blowup(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, output):
+            return output.clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.index_fill(0, torch.tensor([2]), float("inf"))
+
+    with pytest.raises(ValueError, match=r"1 example\(s\) is not finite"):
+        clustering(method).fit(small_data(), lambda output, target: losses(Blowup.apply(output), target), batch_size=40)
+
+
 def test_a_parameter_without_a_route_is_named():
     model = nn.Sequential(nn.Embedding(5, 4, scale_grad_by_freq=True), nn.Linear(4, 2))
     data = TensorDataset(torch.zeros(6, dtype=torch.int64), torch.zeros(6, dtype=torch.int64))
@@ -462,3 +479,17 @@ def test_recomputed_modules_are_clustered_too(method):
     data = TensorDataset(torch.randn(12, 3), torch.arange(12) % 2)
     strata = gf.GradientClustering(model, 3, method=method).fit(data, losses)
     assert len(strata.labels) == 12
+
+
+def test_a_chain_of_small_steps_is_not_merged_from_end_to_end():
+    chain = torch.linspace(1, 1.1, 50001).unsqueeze(1)  # neighbours 2e-6 apart, the ends 0.1
+    assert (merge_equal_rows(chain) - chain).abs().max() <= 2e-5
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 60])
+def test_copies_of_one_example_share_a_stratum_wherever_they_stand(batch_size):
+    x, y = small_data().tensors
+    which = torch.arange(60)[torch.randperm(60)] % 6
+    strata = clustering(K=6).fit(TensorDataset(x[which], y[which]), losses, batch_size=batch_size)
+    for example in range(6):
+        assert len(strata.labels[which == example].unique()) == 1

@@ -222,3 +222,11 @@ def test_dot_is_the_same_by_both_routes(K):
     G = conv_grads(act, grad, True, kernel_size=3, padding=1)
     oracle = torch.einsum("boi,ko,ki->bk", G, D.double(), A.double())
     assert (out - oracle).abs().max() <= 1e-5 * oracle.abs().max()
+
+
+def test_no_centres_and_no_columns_give_empty_rows():
+    act, grad = torch.randn(3, 4, 6, 6), torch.randn(3, 6, 6, 6)
+    geometry = {"kernel_size": 3, "padding": 1, "groups": 2, "bias": True}
+    assert gf.ops.conv_dot(act, grad, torch.ones(0, 6), torch.ones(0, 19), **geometry).shape == (3, 0)
+    assert gf.ops.conv_sketch(act, grad, None, torch.ones(19, 0), **geometry).shape == (3, 6, 0)
+    assert gf.ops.conv_sketch(act, grad, torch.ones(6, 0), torch.ones(19, 2), **geometry).shape == (3, 0, 2)

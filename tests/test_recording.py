@@ -55,6 +55,21 @@ def test_every_quantity_matches_one_example_at_a_time(backend, name, mode):
     assert_matches(rec, one_at_a_time(model, cross_entropy(x, y)))
 
 
+def test_unreduced_sketches_stand_side_by_side():
+    model = mlp()
+    x, y = batch()
+    sketch = gf.Sketch(sides=(3, 4), reduce=False)
+    for _ in range(2):  # several backwards append their rows
+        with gf.record(model, sketch=sketch) as rec:
+            F.cross_entropy(logits(model(x)), y).backward()
+            F.cross_entropy(logits(model(x[:2])), y[:2]).backward()
+    widths = [sketch.width((p.shape[0], p.shape[1:].numel())) for p in model.parameters()]
+    assert rec.sketches.shape == (7, sum(widths))
+    with gf.record(model, parameters="*weight", sketch=gf.Sketch(sides=(99, 99), reduce=False)) as rec:
+        F.cross_entropy(logits(model(x)), y).backward()
+    torch.testing.assert_close(rec.sketches.square().sum(1), rec.sq_norms)  # identity sides: the gradients themselves
+
+
 def test_float64_model_gives_float64_rows():
     model = mlp().double()
     x, y = batch()

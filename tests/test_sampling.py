@@ -344,11 +344,19 @@ class Stream(IterableDataset):
         (lambda: gf.with_indices([{"index": 1}])[0], ValueError, "already has a key 'index'"),
         (lambda: gf.with_indices([1, 2])[2], IndexError, "index 2 is outside"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 0), ValueError, "batch_size must be at least 1, got 0"),
-        (lambda: gf.StratifiedBatchSampler(strata_of(), 2.0), TypeError, "batch_size must be an int"),
+        (lambda: gf.StratifiedBatchSampler(strata_of(), 2.0), TypeError, "batch_size must be an integer"),
+        (lambda: gf.StratifiedBatchSampler([0, 1, 2], 2), TypeError, "strata must be gf.Strata, got list"),
+        (lambda: gf.StratifiedBatchSampler(strata_of(), 8).set_strata(None), TypeError, "strata must be gf.Strata"),
+        (
+            lambda: gf.StratifiedBatchSampler(strata_of(), 8).load_state_dict({}),
+            ValueError,
+            "state has no .*batch_size",
+        ),
+        (lambda: gf.StratifiedBatchSampler(strata_of(), 8, num_replicas=2.0), TypeError, "num_replicas must be an int"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 61), ValueError, "at most N=60 without replacement"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 8, "optimal"), ValueError, "allocation must be one of"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 8, "neyman"), ValueError, "needs the strata's variances"),
-        (lambda: gf.StratifiedBatchSampler(strata_of(), 8, seed=-1), ValueError, "seed must not be negative"),
+        (lambda: gf.StratifiedBatchSampler(strata_of(), 8, seed=-1), ValueError, "seed must be at least 0"),
         (
             lambda: gf.StratifiedBatchSampler(strata_of(), 8, num_replicas=2, rank=2),
             ValueError,
@@ -356,7 +364,7 @@ class Stream(IterableDataset):
         ),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 8).predicted_variance(), ValueError, "carry no variances"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 8).set_strata(strata_of(9)), ValueError, "same 60 examples"),
-        (lambda: gf.StratifiedBatchSampler(strata_of(), 8).set_epoch(-1), ValueError, "epoch must not be negative"),
+        (lambda: gf.StratifiedBatchSampler(strata_of(), 8).set_epoch(-1), ValueError, "epoch must be at least 0"),
         (lambda: gf.StratifiedBatchSampler(strata_of(), 8).state_dict(9), ValueError, r"must be in 0\.\.8"),
         (
             lambda: gf.StratifiedBatchSampler(strata_of(), 8).load_state_dict(
@@ -375,6 +383,17 @@ class Stream(IterableDataset):
 def test_wrong_arguments_are_named(call, error, message):
     with pytest.raises(error, match=message):
         call()
+
+
+def test_sizes_may_come_from_numpy():
+    labels = np.arange(60, dtype=np.int32) % 5
+    strata = gf.Strata(labels, labels.max() + 1)
+    assert strata.num_clusters == 5 and type(strata.num_clusters) is int
+    sampler = gf.StratifiedBatchSampler(strata, np.int64(8), seed=np.int64(3))
+    assert list(sampler) == list(gf.StratifiedBatchSampler(strata, 8, seed=3))
+    assert {type(value) for value in (sampler.batch_size, sampler.seed)} == {int}
+    found = gf.cluster_points(np.random.default_rng(0).normal(size=(30, 2)), np.int64(4), seed=np.int64(1))
+    assert found.labels.bincount(minlength=4).sum() == 30
 
 
 def test_more_examples_than_the_data_set_needs_replacement():

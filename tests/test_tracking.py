@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import gradclust_fast as gf
+from gradclust_fast.watching import idle
 
 
 def make():
@@ -179,7 +180,7 @@ def test_single_examples_are_kept_out_of_the_average():
     "options, error, message",
     [
         ({"every": 0}, ValueError, "every must be at least 1, got 0"),
-        ({"every": 1.0}, TypeError, "every must be an int"),
+        ({"every": 1.0}, TypeError, "every must be an integer"),
         ({"writer": 3}, TypeError, "writer must have add_scalar"),
         ({"decay": 1.0}, ValueError, "decay must be in"),
         ({"loss_reduction": "none"}, ValueError, "loss_reduction"),
@@ -199,3 +200,21 @@ def test_a_backward_whose_forward_was_not_seen_raises():
     loss = F.cross_entropy(nn.Sequential.forward(model, batch(0)[0]), batch(0)[1])  # not through model(...)
     with pytest.raises((RuntimeError, NotImplementedError), match="inside"), tracker.step():
         loss.backward()
+
+
+def test_a_forward_that_no_step_follows_blocks_no_other_record_and_leaves_no_rows():
+    model = make()
+    tracker = gf.VarianceTracker(model, every=1)
+    x, y = batch(0, B=6)
+    F.cross_entropy(model(x), y).backward()  # ordinary training without step()
+    with gf.record(model) as rec:
+        F.cross_entropy(model(x), y).backward()
+    assert rec.sq_norms.shape == (6,)
+    for _ in range(2):
+        F.cross_entropy(model(x), y).backward()
+    loss = F.cross_entropy(model(x), y)
+    with tracker.step() as tracked:
+        loss.backward()
+    assert tracked.sq_norms.shape == (6,)  # of this step alone
+    tracker.close()
+    assert not idle

@@ -471,6 +471,17 @@ class Blowup(torch.autograd.Function):
         (lambda m, d: gf.gradient_stats(m, d, loss_fn).normalized_variance(24, replacement=False), ValueError, "N=23"),
         (lambda m, d: gf.compare_estimators(m, d, loss_fn, []), ValueError, "estimators is empty"),
         (lambda m, d: gf.compare_estimators(m, d, loss_fn, [128]), TypeError, "got int"),
+        (
+            lambda m, d: gf.compare_estimators(m, d, loss_fn, gf.Uniform(2)),
+            TypeError,
+            "must be a list, got one Uniform",
+        ),
+        (
+            lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, nn.Linear(5, 3))]),
+            ValueError,
+            "SVRG.2.: snapshot is not a copy of this model",
+        ),
+        (lambda m, d: gf.gradient_stats(m, d, loss_fn, batch_size=2.5), TypeError, "batch_size must be an integer"),
         (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Uniform(24, False)]), ValueError, "at most N=23"),
         (
             lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Stratified(random_strata(9, 2))]),

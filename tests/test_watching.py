@@ -310,6 +310,7 @@ def test_watch_backward_checks_its_losses():
         ({"batch_size": 2.5}, ValueError, "batch_size must be a number of examples"),
         ({"parameters": "heads.*"}, ValueError, r"the glob 'heads.\*' matches none .*0.weight"),
         ({"parameters": [nn.Parameter(torch.ones(1))]}, TypeError, "pass names, not the parameters"),
+        ({"parameters": 3}, TypeError, "parameters must be name globs or a predicate"),
         ({"parameters": lambda name, p: False}, ValueError, "no trainable parameter to record"),
     ],
 )

@@ -220,7 +220,8 @@ void grad_quantities_cpu(const LinearFactors& f, const Questions& q, int threads
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
     using acc = acc_t<in_t>;
-    if (f.T > 0 && f.B > 0) return grad_quantities_kernel<in_t>(f, q, threads);
+    // Without features everything is 0, and a matrix without rows has no address to tell it from the identity.
+    if (f.T > 0 && f.B > 0 && f.O > 0 && f.I + f.bias > 0) return grad_quantities_kernel<in_t>(f, q, threads);
     if (q.sqnorm) memset(q.sqnorm, 0, size_t(f.B) * sizeof(acc));
     if (q.sketch) memset(q.sketch, 0, size_t(f.B * q.P * q.Q) * sizeof(acc));
     if (q.dot) memset(q.dot, 0, size_t(f.B * q.K) * sizeof(acc));

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from .._dispatch import OPS
+from .._passes import check_finite
 from ..layers import Factors
 from ..layers.base import accumulator
 
@@ -81,15 +82,17 @@ def _rank1(name: str, factors: Factors) -> tuple[Tensor, Tensor]:
 class Distances:
     """Consumes one batch's factors: inner products with every centre and squared norms, summed over parameters."""
 
-    def __init__(self, centers: Rank1Centers) -> None:
-        self.centers = centers
+    def __init__(self, centers: Rank1Centers, index: Tensor) -> None:
+        self.centers, self.index = centers, index
         self.dot: Tensor | None = None  # [B, K]
         self.sqnorm: Tensor | None = None  # [B]
 
     def __call__(self, name: str, factors: Factors) -> None:
+        sqnorm = factors.sqnorm()
         if name not in self.centers.rows:
+            check_finite(f"the gradient of {name}", sqnorm, self.index)  # centres of NaN would blame every example
             self.centers.place(name, factors)
-        dot, sqnorm = factors.dot(self.centers.rows[name], self.centers.cols[name]), factors.sqnorm()
+        dot = factors.dot(self.centers.rows[name], self.centers.cols[name])
         if self.dot is None or self.sqnorm is None:
             self.dot, self.sqnorm = dot, sqnorm
         else:

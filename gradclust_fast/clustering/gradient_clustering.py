@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset
 
+from .._arguments import integer
 from .._passes import Forward, LossFn, batches, check_finite, losses_of, model_device, num_examples, untouched
 from ..layers import Factors
 from ..sampling import Strata
@@ -17,7 +18,7 @@ from ..selection import Parameters
 from ..sketching import Sketch
 from ..watching import Watch
 from ._progress import Advance, progress_bar
-from .exact import balanced_labels, check_count, check_fraction, cluster_points
+from .exact import balanced_labels, check_fraction, cluster_points
 from .factored import Distances, Rank1Centers, refill_smallest
 
 OPTIONS: dict[str, dict[str, Any]] = {
@@ -90,8 +91,7 @@ class GradientClustering:
             raise ValueError(f"method must be one of {', '.join(map(repr, OPTIONS))}, got {method!r}")
         if sketch is not None and not isinstance(sketch, Sketch):
             raise TypeError(f"sketch must be a gf.Sketch, got {type(sketch).__name__}; for example gf.Sketch(dim=256)")
-        check_count("num_clusters", num_clusters, 1)
-        check_count("seed", seed, None)
+        num_clusters, seed = integer("num_clusters", num_clusters, 1), integer("seed", seed)
         given = {"max_sweeps": max_sweeps, "tol": tol, "rounds": rounds, "min_size": min_size}
         options = dict(OPTIONS[method])
         for name, value in given.items():
@@ -99,7 +99,10 @@ class GradientClustering:
                 continue
             if name not in options:
                 raise ValueError(f"{name} is not an option of method={method!r}, which has {', '.join(options)}")
-            check_fraction(name, value) if name == "tol" else check_count(name, value, 0 if name == "min_size" else 1)
+            if name == "tol":
+                check_fraction(name, value)
+            else:
+                value = integer(name, value, 0 if name == "min_size" else 1)
             options[name] = value
         self.model, self.num_clusters, self.method, self.seed = model, num_clusters, method, seed
         self.sketch = Sketch() if sketch is None else sketch
@@ -141,7 +144,7 @@ class GradientClustering:
                 gradients that are not finite (naming the examples).
             NotImplementedError: a parameter without a per-example route.
         """
-        check_count("batch_size", batch_size, 1)
+        batch_size = integer("batch_size", batch_size, 1)
         N = num_examples(dataset)
         loader_size = dataset.batch_size if isinstance(dataset, DataLoader) else None
         steps = math.ceil(N / (loader_size or batch_size))
@@ -205,7 +208,7 @@ class _Fit:
         for number in range(1, rounds + 1):
             counts = torch.zeros(K, dtype=torch.int64)
             for index, batch in self._batches(f"round {number}/{rounds}: assignment", shuffle=True):
-                batch_distances = Distances(centers)
+                batch_distances = Distances(centers, index)
                 self._stream(batch_distances, index, batch)
                 labels[index], distances[index] = batch_distances.assign(counts)
                 check_finite("the gradient's distance to a centre", distances[index], index)
@@ -291,12 +294,18 @@ def merge_equal_rows(rows: Tensor) -> Tensor:
     typical = square.mean().sqrt()
     generator = torch.Generator().manual_seed(0)
     order = (rows.double() @ torch.randn(rows.shape[1], dtype=torch.float64, generator=generator)).argsort(stable=True)
+
+    def differ(here: Tensor, there: Tensor) -> Tensor:
+        parts = zip(here.split(65536), there.split(65536))  # bounds the float64 copies
+        distance = torch.cat([(rows[a].double() - rows[b].double()).norm(dim=1) for a, b in parts])
+        return distance > torch.maximum(1e-5 * square[here].sqrt(), 1e-7 * typical)
+
     first = torch.ones(len(rows), dtype=torch.bool)  # in that order: whether a row differs from the one before it
-    for at in range(1, len(rows), 65536):
-        here, before = order[at : at + 65536], order[at - 1 : at - 1 + 65536][: len(order[at : at + 65536])]
-        distance = (rows[here].double() - rows[before].double()).norm(dim=1)
-        first[at : at + 65536] = distance > torch.maximum(1e-5 * square[here].sqrt(), 1e-7 * typical)
-    source = torch.where(first, torch.arange(len(rows)), 0).cummax(0).values
+    if len(rows) > 1:
+        first[1:] = differ(order[1:], order[:-1])
+    source = order[torch.where(first, torch.arange(len(rows)), 0).cummax(0).values]
+    # A long chain of small steps goes far: no row may move by more than rounding.
+    source = torch.where(differ(order, source), order, source)
     merged = torch.empty_like(rows)
-    merged[order] = rows[order[source]]
+    merged[order] = rows[source]
     return merged

@@ -10,11 +10,7 @@ from typing import Any, ClassVar
 import torch
 
 from .._dispatch import OPS
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """float64 accumulates in float64, everything else in float32."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
+from ..ops._checks import accumulator as accumulator
 
 
 def run_op(name: str, *args: Any) -> Any:

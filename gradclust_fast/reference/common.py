@@ -14,6 +14,6 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
 def project_act(act: torch.Tensor, right: torch.Tensor | None, bias: bool) -> torch.Tensor:
     """[act, 1 if bias] @ right for act [B, T, I]; None is the identity."""
     if right is None:
-        return torch.cat([act, torch.ones_like(act[..., :1])], -1) if bias else act
+        return torch.cat([act, act.new_ones(*act.shape[:-1], 1)], -1) if bias else act
     right = right.to(act.dtype)
     return act @ right[:-1] + right[-1] if bias else act @ right

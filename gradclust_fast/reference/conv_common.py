@@ -89,6 +89,9 @@ def filtered(
 ) -> torch.Tensor:
     """Every position's patch times ``filters`` [n, I (+ 1)], as a convolution: [B, groups, n, T]."""
     n, channels = filters.shape[0], act.shape[1] // groups
+    if n == 0:  # torch refuses a convolution without filters
+        one = filters.new_zeros(1, filters.shape[1])
+        return filtered(act, one, kernel_size, stride, padding, dilation, groups, bias)[:, :, :0]
     constant = filters[:, -1].repeat(groups) if bias else None
     weight = (filters[:, :-1] if bias else filters).reshape(n, channels, *kernel_size)
     weight = weight.repeat(groups, *[1] * (weight.dim() - 1))

@@ -27,16 +27,16 @@ def conv_dot(
     B, O, C, T = act.shape[0], grad.shape[1], act.shape[1] // groups, grad.shape[2:].numel()
     kernel, K = math.prod(kernel_size), center_grad.shape[0]
     rows = group_rows(grad, groups)  # [B, groups, O/groups, T]
-    D = center_grad.to(rows.dtype).reshape(K, -1, O)  # [K, r, O]
-    A = center_act.to(rows.dtype).reshape(K, D.shape[1], -1)  # [K, r, I (+ 1)]
-    rank = D.shape[1]
+    rank = center_grad.shape[1] if center_grad.dim() == 3 else 1
+    D = center_grad.to(rows.dtype).reshape(K, rank, O)
+    A = center_act.to(rows.dtype).reshape(K, rank, C * kernel + bias)  # [K, r, I (+ 1)]
     out = rows.new_zeros(B, K)
     if T * K * rank * (groups * C * kernel + O) <= O * C * kernel * (T + K):
         mixers = D.reshape(K * rank, groups, O // groups).transpose(0, 1)  # [groups, K·r, O/groups]
-        filters = A.reshape(K * rank, -1)
+        filters = A.flatten(0, 1)
         for part in batches(act, grad, 2 * groups * K * rank * T):
             products = (mixers @ rows[part]) * filtered(act[part], filters, *geometry, groups, bias)
-            out[part] = products.sum((1, 3)).reshape(-1, K, rank).sum(2)
+            out[part] = products.sum((1, 3)).unflatten(1, (K, rank)).sum(2)
         return out
     for index, element in enumerate(elements(kernel_size)):
         centres = torch.einsum("kro,krc->koc", D, A[..., index : C * kernel : kernel])  # the element's columns of C_k

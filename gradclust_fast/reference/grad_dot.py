@@ -13,8 +13,8 @@ def grad_dot(
     """⟨G_b, C_k⟩ = Σ_t Σ_r (grad[b, t]·center_grad[k, r]) (act[b, t]·center_act[k, r])."""
     act, grad = upcast(act), upcast(grad)  # [B, T, I], [B, T, O]
     K = center_grad.shape[0]
-    left = center_grad.reshape(-1, center_grad.shape[-1]).mT.to(grad.dtype)  # [O, K·r]
-    right = center_act.reshape(-1, center_act.shape[-1]).mT  # [I (+ 1), K·r]
+    left = center_grad.flatten(0, -2).mT.to(grad.dtype)  # [O, K·r]
+    right = center_act.flatten(0, -2).mT  # [I (+ 1), K·r]
     product = (grad @ left) * project_act(act, right, bias)  # [B, T, K·r]
     rank = center_grad.shape[1] if center_grad.dim() == 3 else 1
     return product.sum(1).reshape(act.shape[0], K, rank).sum(2)
