@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -13,12 +13,24 @@ BACKWARDS = frozenset((torch.Tensor.backward, torch.autograd.backward, torch.aut
 """The functions that start a backward."""
 
 
-def check_graph(tensors: Iterable[Any], entries: Entries, seen: Collection[int]) -> None:
+TURNS = frozenset(
+    (
+        *(torch.t, torch.Tensor.t, torch.Tensor.T.__get__, torch.Tensor.mT.__get__),  # type: ignore[attr-defined]
+        *(torch.transpose, torch.Tensor.transpose),
+    )
+)
+"""The functions that transpose a matrix."""
+
+
+def check_graph(
+    tensors: Iterable[Any], entries: Entries, seen: Collection[int], guarded: Mapping[int, str] | None = None
+) -> None:
     """Every edge into a watched parameter must come from a node that a routed call made.
 
     Args:
         tensors: tensors or gradient edges that a backward starts from.
         seen: sequence numbers of the nodes that routed calls made.
+        guarded: sequence number → parameters, of further nodes that are held to the same.
     """
     stack = [tensor.grad_fn if isinstance(tensor, torch.Tensor) else tensor.node for tensor in tensors]
     visited = set()
@@ -30,6 +42,9 @@ def check_graph(tensors: Iterable[Any], entries: Entries, seen: Collection[int])
         for child, _ in node.next_functions:
             if type(child).__name__ != "AccumulateGrad":
                 stack.append(child)
+                name = guarded.get(child._sequence_nr()) if guarded and child is not None else None
+                if name is not None and node._sequence_nr() not in seen:
+                    raise NotImplementedError(seen_twice(name, node.name()))
                 continue
             entry = entries.get(id(child.variable))  # type: ignore[union-attr]
             if entry is None or any(node._sequence_nr() in span for span in reversed(entry.spans)):
@@ -40,6 +55,14 @@ def check_graph(tensors: Iterable[Any], entries: Entries, seen: Collection[int])
                     f"autograd.Function, a forward outside of the record, a gradient of a gradient). Leave it out "
                     f"with parameters=, or call the parameter through its layer inside the record"
                 )
+
+
+def seen_twice(names: str, function: str) -> str:
+    return (
+        f"{names}: the layer's output meets the batch by broadcasting, or its transpose is a product's weight, and "
+        f"it is also used by {function}, where no example's own gradient is known. Expand the output once "
+        f"(out.expand(B, ...)) and use the expansion everywhere, or leave these parameters out with parameters="
+    )
 
 
 def started_from(func: Any, args: tuple, kwargs: dict) -> tuple[Any, ...]:

@@ -32,7 +32,10 @@ Entries = dict[int, Entry]
 class Use:
     """One routed call. The hook on the graph's node owns it, so it lives as long as its gradient may come."""
 
-    __slots__ = ("__weakref__", "call", "entries", "fired", "handle", "index", "root", "shape", "spent", "version")
+    __slots__ = (
+        *("__weakref__", "call", "entries", "fired", "handle", "index", "root", "shape", "spent", "version"),
+        *("met", "plain", "shared", "turned"),
+    )
 
     def __init__(
         self,
@@ -46,6 +49,9 @@ class Use:
         self.spent = False
         self.call, self.entries, self.shape, self.fired = call, entries, shape, fired
         self.index = edge.output_nr
+        self.met: Any = None  # how an expansion of a shared output met the batch, and in which dimension
+        self.shared, self.plain = False, ""  # whether expansions of the output did, and a function that saw it as it is
+        self.turned = False  # whether the weight was the parameter's transpose
         self.root = root  # the backward that recomputed this call, or None for an ordinary forward
         held = call.held
         self.version = None if held is None or held.is_inference() else held._version
@@ -69,7 +75,7 @@ class Use:
         """No gradient can come any more: the activation may go, even where a loss keeps the graph alive."""
         if not self.spent:
             self.spent = True
-            self.call.held = None
+            self.call.held = self.met = None
             for entry in self.entries.values():
                 entry.live -= 1
 

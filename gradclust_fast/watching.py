@@ -20,9 +20,21 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ._claims import Claim, Claims, ModuleUse, check_sum, rerun
 from ._compiled import run_compiled, run_eagerly
 from ._dispatch import backend, current_backend
-from ._graphs import BACKWARDS, check_graph, engine_arguments, keeps_graph, started_from
+from ._graphs import BACKWARDS, TURNS, check_graph, engine_arguments, keeps_graph, seen_twice, started_from
+from ._shared import Met, Root, Shared, repeated
 from ._uses import Entries, Entry, Use, autocast_input, differentiable, find, gradient_edge, is_dtensor
-from .layers import ROUTES, BatchLayout, Call, DenseFactors, Factors, registered
+from .layers import (
+    ROUTES,
+    BatchLayout,
+    Call,
+    DenseFactors,
+    EmbeddingCall,
+    Factors,
+    MatmulCall,
+    flattens,
+    registered,
+    turned,
+)
 from .layers.recompute import ExampleMismatchError, ModuleCall
 from .selection import Named, Parameters, select
 
@@ -63,6 +75,11 @@ class _Mode(TorchFunctionMode):
         used = find(args, watch._entries)
         if kwargs:
             used += find(kwargs.values(), watch._entries)
+        if watch._shared:
+            shared = watch._shared.find((*args, *kwargs.values()))
+            if shared and not used:
+                return watch._shared.called(func, args, kwargs, shared, watch._meets)
+            watch._shared.plain(shared, func)
         return watch._used(func, args, kwargs, used) if used else func(*args, **kwargs)
 
 
@@ -146,12 +163,15 @@ class Watch:
         self._sharded = [
             (entry, named.owners) for entry, named in zip(self._every, chosen) if is_dtensor(entry.parameter)
         ]
+        self._turned: dict[int, weakref.ref[torch.Tensor]] = {}  # transposes of parameters, while they live
+        self._leads: dict[int, torch.Size] = {}
         self._backend, self._threads = current_backend(), torch.get_num_threads()
         self._uses: weakref.WeakSet[Use] = weakref.WeakSet()
         self._edges: list[tuple[Use, GradientEdge]] = []
         self._module_uses: weakref.WeakSet[ModuleUse] = weakref.WeakSet()
         self._module_edges: list[ModuleUse] = []
         self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
+        self._shared = Shared(self._layout, self._spans)
         self._runs: dict[int, Backward] = {}  # by graph task; a nested backward belongs to the one that started it
         self._roots: dict[int, int] = {}
         self._plan: Backward | None = None
@@ -162,6 +182,8 @@ class Watch:
             self._await_gradient(entry, entry.parameter)
         _watched.update((id(entry.parameter), entry.name) for entry in self._every)
         self._claims = Claims(self._claimed(chosen), self._layout, self._module_called)
+        flat = {id(m): m for named in chosen for m, _ in named.owners if flattens(m)}
+        self._hooks += [m.register_forward_pre_hook(self._led, with_kwargs=True) for m in flat.values()]
         torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._mode = _Mode(self)
         self._mode.__enter__()
@@ -193,6 +215,7 @@ class Watch:
         self._module_uses.clear()
         self._module_edges.clear()
         self._runs.clear()
+        del self._turned, self._shared
         if kind is not None:
             return
         if self._unseen:
@@ -233,11 +256,41 @@ class Watch:
                         self._entries[id(arg)] = entry
                         self._await_gradient(entry, arg)
 
+    def _led(self, module: torch.nn.Module, args: tuple, kwargs: dict) -> None:
+        """A module that flattens its input is called: the shape says where the batch is."""
+        input = args[0] if args else next(iter(kwargs.values()))
+        self._leads.update((id(parameter), input.shape[:-1]) for parameter in module._parameters.values())
+
+    def _turn(self, out: torch.Tensor, entry: Entry) -> None:
+        """A transpose of a parameter is known as long as it lives."""
+        key, known, living = id(out), self._entries, self._turned
+
+        def gone(ref: Any) -> None:
+            if living.get(key) is ref:
+                del living[key], known[key]
+
+        known[key], living[key] = entry, weakref.ref(out, gone)
+        if out.grad_fn is not None:
+            number = out.grad_fn._sequence_nr()
+            self._spans.add(number)
+            self._shared.guarded[number] = entry.name
+
     def _used(self, func: Any, args: tuple, kwargs: dict, used: list[Entry]) -> Any:
         if self._claims.running:
             used = [entry for entry in used if not self._claims.covers(entry)]
             if not used:
                 return func(*args, **kwargs)
+        if (
+            func in TURNS
+            and args
+            and id(args[0]) in self._entries
+            and id(args[0]) not in self._turned
+            and args[0].dim() == 2
+        ):
+            out = func(*args, **kwargs)
+            if out.stride() == args[0].stride()[::-1] and out.shape == args[0].shape[::-1]:
+                self._turn(out, used[0])
+                return out
         route = ROUTES.get(func)
         if route is None:
             out = func(*args, **kwargs)
@@ -256,6 +309,10 @@ class Watch:
             for role, parameter in call.parameters.items()
             if parameter is not None and self._entries.get(id(parameter)) in used
         }
+        turns = [role for role in entries if id(call.parameters[role]) in self._turned]
+        if isinstance(call, MatmulCall):
+            for parameter in call.parameters.values():
+                call.lead = self._leads.pop(id(parameter), call.lead)
         if torch.is_grad_enabled():
             args, kwargs = autocast_input(call, args, kwargs)
         first = torch._C._autograd._get_sequence_nr()
@@ -264,13 +321,29 @@ class Watch:
             for entry in used:
                 entry.hidden += 1
             return out
-        if len(entries) != len(used):
-            self._refuse(func, used, "is used as the input of a layer, which has no per-example route")
+        if len(entries) != len(used) or (turns and not (call.turns and turns == ["weight"])):
+            self._refuse(func, used, "is used in a place of this function that has no per-example route")
         self._spans.update(range(first, torch._C._autograd._get_sequence_nr()))
-        self._wait_for(call, entries, out)
+        use = self._wait_for(call, entries, out)
+        use.turned = bool(turns)
+        dim = self._layout.dim
+        if call.shareable and (isinstance(call, EmbeddingCall) or (dim < out.dim() and out.shape[dim] == 1)):
+            self._shared.watch(out, Root(gradient_edge(out), out.shape, weakref.ref(use), call))
         return out
 
-    def _wait_for(self, call: Call, entries: dict[str, Entry], out: torch.Tensor) -> None:
+    def _meets(self, root: Root, expanded: torch.Tensor, met: Met, dim: int) -> None:
+        """A shared output meets the batch: wait for the gradient of its expansion."""
+        use = root.use()
+        if use is None:
+            return
+        edge = GradientEdge(expanded.grad_fn, expanded.output_nr)  # type: ignore[arg-type]
+        again = Use(repeated(root.call, expanded.shape[dim]), use.entries, edge, expanded.shape, use.root, self._fired)
+        again.met, again.turned = (met, dim), use.turned
+        self._uses.add(again)
+        if self._keeps_edges:
+            self._edges.append((again, edge))
+
+    def _wait_for(self, call: Call, entries: dict[str, Entry], out: torch.Tensor) -> Use:
         call.held = None if call.held is None or call.light.issuperset(entries) else call.held.detach()
         root = self._repeated(entries)
         edge = gradient_edge(out)
@@ -278,6 +351,7 @@ class Watch:
         self._uses.add(use)
         if self._keeps_edges:
             self._edges.append((use, edge))
+        return use
 
     def _repeated(self, entries: dict[str, Entry]) -> int | None:
         """The backward in which a checkpoint recomputes, to which whatever comes of it belongs; else None."""
@@ -363,7 +437,7 @@ class Watch:
 
     def _backward_call(self, func: Any, args: tuple, kwargs: dict) -> Any:
         tensors = started_from(func, args, kwargs)
-        check_graph(tensors, self._entries, self._spans)
+        check_graph(tensors, self._entries, self._spans, self._shared.guarded)
         if func is not torch.autograd.grad and any(entry.hidden for entry in self._every):
             call = engine_arguments(tensors, *args[1:], **{k: v for k, v in kwargs.items() if k != "tensors"})
             if call is not None:
@@ -402,13 +476,15 @@ class Watch:
             run.blank.update(entry.name for entry in use.entries.values())
             return
         use.check_version()
+        if use.shared and use.plain and use.root is not None:  # no walk over the graph saw what a checkpoint repeats
+            raise NotImplementedError(seen_twice(use.names(), use.plain))
         with self._quiet():
             grad = grad.detach().reshape(use.shape)
-            made = {role: self._factors(run, use, role, grad) for role in use.entries}
+            made = {} if use.shared else {role: self._factors(run, use, role, grad) for role in use.entries}
             if not keeps_graph():
                 use.spend()
             for role, entry in use.entries.items():
-                self._take(run, entry, made[role], use.spent)
+                self._take(run, entry, made.get(role), use.spent)
 
     def _module_fired(self, use: ModuleUse, grads: list[torch.Tensor | None]) -> None:
         if self._state != "open" or self._plan is not None:
@@ -442,8 +518,13 @@ class Watch:
 
     def _factors(self, run: Backward, use: Use, role: str, grad: torch.Tensor) -> Factors:
         name = use.entries[role].name
+        layout = self._layout
         try:
-            factors = use.call.factors(role, grad, self._layout)
+            if use.met is not None:
+                grad, layout = use.met[0].per_example(grad, use.met[1]), BatchLayout()
+            factors = use.call.factors(role, grad, layout)
+            if use.turned and role == "weight":
+                factors = turned(factors)
         except ValueError as error:
             raise ValueError(f"{name}: its layer {error}") from error
         self._check_B(run, name, factors.B, use.shape)
@@ -457,12 +538,15 @@ class Watch:
             raise ValueError(
                 f"{name}: its layer's output {list(shape)} has {B} examples, but {leader} has {expected}. "
                 f"If the batch is the second dimension pass batch_dim=1; if examples have several rows here pass "
-                f"batch_size=; or leave this layer out with parameters="
+                f"batch_size=; if the output serves all examples, expand it to the batch before anything else uses "
+                f"it; or leave this layer out with parameters="
             )
         else:
             run.B, run.leader = expected, leader
 
-    def _take(self, run: Backward, entry: Entry, factors: Factors, spent: bool) -> None:
+    def _take(self, run: Backward, entry: Entry, factors: Factors | None, spent: bool) -> None:
+        if factors is None and entry.name not in run.stash:
+            return
         if entry.name in run.consumed:
             raise RuntimeError(
                 f"{entry.name}: a use was recomputed after the parameter's per-example gradients were complete; "
@@ -470,7 +554,8 @@ class Watch:
             )
         run.seen.add(entry.name)
         stash = run.stash.setdefault(entry.name, [])
-        stash.append(factors)
+        if factors is not None:
+            stash.append(factors)
         if spent and entry.live == 0 and entry.hidden == 0:
             self._release(run, entry.name)
 

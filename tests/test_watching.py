@@ -138,6 +138,12 @@ class Hidden(torch.autograd.Function):
         return grad.expand(3, 6)
 
 
+class Turned(Hidden):
+    @staticmethod
+    def backward(ctx, grad):
+        return grad.expand(6, 3)
+
+
 def assigned(weight, x):
     out = x.new_zeros(3, 6)
     out[:] = weight
@@ -148,12 +154,17 @@ def assigned(weight, x):
     "how, function",
     [
         (lambda w, x: w.square().sum(), "square"),
-        (lambda w, x: x @ w.t(), "t"),
-        (lambda w, x: x @ w.T, "T"),
+        (lambda w, x: (w @ x.t()).t(), "matmul"),
+        (lambda w, x: (x @ w.T).sum() + w.T.square().sum(), "square"),
+        (lambda w, x: (x @ w.t()).sum() + w.t()[0].sum(), "__getitem__"),
+        (lambda w, x: (w.t() @ w).sum(), "matmul"),
+        (lambda w, x: F.embedding(torch.zeros(5, 2, dtype=torch.long), w.t()).sum(), "embedding"),
+        (lambda w, x: x.sum() + Turned.apply(w.t()), "TurnedBackward"),
         (lambda w, x: torch.einsum("bi,oi->bo", x, w), "einsum"),
         (lambda w, x: torch.stack([w, w]).sum(), "stack"),
-        (lambda w, x: F.linear(x[:, :3] @ w, w), "matmul"),
-        (lambda w, x: F.linear(w, torch.ones(3, 6)).sum(), "used as the input of a layer"),
+        (lambda w, x: x[0] @ w.t(), "matmul"),
+        (lambda w, x: torch.addmm(x[:, :3], x, w.t(), beta=2), "addmm"),
+        (lambda w, x: F.linear(w, torch.ones(3, 6)).sum(), "used in a place of this function"),
         (assigned, "__setitem__"),
         (lambda w, x: Hidden.apply(w), "HiddenBackward"),
     ],

@@ -7,16 +7,21 @@ from collections.abc import Callable
 from torch import nn
 
 from .base import BatchLayout, Call, DenseFactors, Factors
-from .conv import ConvCall, ConvFactors
-from .embedding import EmbeddingCall, EmbeddingFactors
+from .conv import ConvCall, ConvFactors, ConvTransposeCall
+from .embedding import EmbeddingBagCall, EmbeddingCall, EmbeddingFactors
 from .linear import LinearCall, LinearFactors
+from .matmul import AddmmCall, MatmulCall, TransposedFactors, flattens, turned
 from .norm import BatchNormCall, GroupNormCall, InstanceNormCall, LayerNormCall, RMSNormCall
 from .registered import LayerFactors, register_layer, registered, unregister_layer
 
 CALLS: tuple[type[Call], ...] = (
     LinearCall,
     ConvCall,
+    ConvTransposeCall,
     EmbeddingCall,
+    EmbeddingBagCall,
+    MatmulCall,
+    AddmmCall,
     LayerNormCall,
     RMSNormCall,
     GroupNormCall,
@@ -38,16 +43,8 @@ def refuses(module: nn.Module, name: str) -> bool:
 
 
 def route_of(module: nn.Module, name: str) -> type[Call] | None:
-    """How the parameter ``name`` of this module is used, or None where no layer type says so.
-
-    A subclass counts as its base as long as it does not override ``forward``: what forward does is what was tested.
-    """
-    for call in CALLS:
-        for kind, names in call.modules.items():
-            inherited = isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
-            if inherited and name in names and call.accepts(module):
-                return call
-    return None
+    """How the parameter ``name`` of this module is used, or None where no layer type says so."""
+    return next((call for call in CALLS if call.owns(module, name)), None)
 
 
 __all__ = [
@@ -63,9 +60,13 @@ __all__ = [
     "LayerFactors",
     "LinearCall",
     "LinearFactors",
+    "MatmulCall",
+    "TransposedFactors",
+    "flattens",
     "refuses",
     "register_layer",
     "registered",
     "route_of",
+    "turned",
     "unregister_layer",
 ]

@@ -231,6 +231,23 @@ class Call(ABC):
     held: torch.Tensor | None
     parameters: dict[str, torch.Tensor | None]
 
+    shareable: ClassVar[bool] = False
+    """Whether one output may serve all examples (a position embedding): input and output have any position dims."""
+    turns: ClassVar[bool] = False
+    """Whether ``weight`` may be the transpose of a parameter."""
+
+    @classmethod
+    def owns(cls, module: torch.nn.Module, name: str) -> bool:
+        """Whether this module uses its parameter ``name`` through ``functions`` only.
+
+        A subclass counts as its base as long as it does not override ``forward``: what forward does was tested.
+        """
+        for kind, names in cls.modules.items():
+            inherited = isinstance(module, kind) and type(module).forward is kind.forward  # type: ignore[attr-defined]
+            if inherited and name in names and cls.accepts(module):
+                return True
+        return False
+
     @classmethod
     def accepts(cls, module: torch.nn.Module) -> bool:
         """Whether a module of one of ``modules`` is set up in a way that has per-example gradients."""

@@ -102,6 +102,11 @@ class ConvFactors(Factors):
         return ConvFactors(act, grad, self.shape, mine.geometry)
 
 
+def _each(value: Any, spatial: int) -> list[int]:
+    values = [value] if isinstance(value, int) else list(value)
+    return values * spatial if len(values) == 1 else values
+
+
 def _pointwise(groups: int) -> tuple[Any, ...]:
     return [1, 1], [1, 1], [0, 0, 0, 0], [1, 1], groups, False
 
@@ -136,18 +141,70 @@ class ConvCall(Call):
             raise ValueError(
                 f"has an output of shape {list(grad.shape)} without a batch dimension; unsqueeze(0) its input"
             )
-        folded = layout.fold(grad)
-        n = folded.shape[1] if folded.dim() > grad.dim() else 1
         if role == "bias":
-            total = grad.sum(tuple(range(2, grad.dim())), dtype=accumulator(grad.dtype))  # [B, O]
-            return DenseFactors(total if n == 1 else layout.fold(total).sum(1))
+            return _folded_bias(grad, layout)
         assert self.held is not None
         act, grad, *geometry = OPS["conv_sqnorm"].prepare(self.held, grad, kernel_size=self.shape[2:], **self.options)
-        factors = ConvFactors(act, grad, self.shape, tuple(geometry))
-        if n == 1:
-            return factors
-        columns = factors.columns()
-        act, grad = (
-            layout.fold(t.squeeze(3)).transpose(1, 2).flatten(2).unsqueeze(3) for t in (columns.act, columns.grad)
-        )  # [B, C·k, n·T, 1], [B, O, n·T, 1]
-        return ConvFactors(act, grad, self.shape, columns.geometry)
+        return _folded(ConvFactors(act, grad, self.shape, tuple(geometry)), layout)
+
+
+def _folded_bias(grad: torch.Tensor, layout: BatchLayout) -> DenseFactors:
+    total = layout.fold(grad.sum(tuple(range(2, grad.dim())), dtype=accumulator(grad.dtype)))  # [B, (n,) O]
+    return DenseFactors(total if total.dim() == 2 else total.sum(1))
+
+
+def _folded(factors: ConvFactors, layout: BatchLayout) -> ConvFactors:
+    """Several images an example become one image of all their patches."""
+    if layout.fold(factors.act).dim() == factors.act.dim():
+        return factors
+    columns = factors.columns()
+    act, grad = (
+        layout.fold(t.squeeze(3)).transpose(1, 2).flatten(2).unsqueeze(3) for t in (columns.act, columns.grad)
+    )  # [B, C·k, n·T, 1], [B, O, n·T, 1]
+    return ConvFactors(act, grad, factors.shape, columns.geometry)
+
+
+class ConvTransposeCall(Call):
+    """``torch.conv_transpose1d``, ``conv_transpose2d`` and ``conv_transpose3d``.
+
+    The weight [C_in, C_out/groups, *kernel] sees patches of the output's gradient at every position of the input: its
+    gradient is that of an ordinary convolution whose image is the output's gradient and whose gradient is the input.
+    """
+
+    functions = (torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d)
+    modules: ClassVar = dict.fromkeys((nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d), ("weight", "bias"))
+    costs: ClassVar = ConvCall.costs
+
+    def __init__(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None = None,
+        stride: Any = 1,
+        padding: Any = 0,
+        output_padding: Any = 0,
+        groups: int = 1,
+        dilation: Any = 1,
+    ) -> None:
+        self.held: torch.Tensor | None = input
+        self.parameters = {"weight": weight, "bias": bias}
+        self.shape, self.groups = weight.shape, groups
+        spatial = weight.dim() - 2
+        self.stride, self.dilation = _each(stride, spatial), _each(dilation, spatial)
+        self.padding, self.output_padding = _each(padding, spatial), _each(output_padding, spatial)
+
+    def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
+        if grad.dim() != len(self.shape):
+            raise ValueError(
+                f"has an output of shape {list(grad.shape)} without a batch dimension; unsqueeze(0) its input"
+            )
+        if role == "bias":
+            return _folded_bias(grad, layout)
+        assert self.held is not None
+        pads = []
+        for dim, (before, extra) in enumerate(zip(self.padding, self.output_padding), 2):
+            # The output's last `extra` positions are padding of the other kind; those beyond `before` nothing reaches.
+            pads += [before, max(0, before - extra)]
+            grad = grad.narrow(dim, 0, grad.shape[dim] - max(0, extra - before))
+        geometry = (list(self.shape[2:]), self.stride, pads, self.dilation, self.groups, False)
+        return _folded(ConvFactors(grad, self.held.to(grad.dtype), self.shape, geometry), layout)

@@ -110,6 +110,7 @@ def _add_rows(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> t
 class EmbeddingCall(Call):
     """``torch.nn.functional.embedding``."""
 
+    shareable = True
     functions = (F.embedding,)
     modules: ClassVar = {nn.Embedding: ("weight",)}
     lower_precision = False
@@ -147,3 +148,77 @@ class EmbeddingCall(Call):
         if self.padding is not None:
             rows = rows.masked_fill((index == self.padding).unsqueeze(2), 0)
         return EmbeddingFactors(index, rows, self.shape)
+
+
+class EmbeddingBagCall(Call):
+    """``torch.nn.functional.embedding_bag`` with ``mode="sum"`` (weighted or not) and ``mode="mean"``."""
+
+    functions = (F.embedding_bag,)
+    modules: ClassVar = {nn.EmbeddingBag: ("weight",)}
+    lower_precision = False
+    costs: ClassVar = {"weight": ("factored", "exact from the indices and the output gradient")}
+
+    def __init__(
+        self,
+        input: torch.Tensor,
+        weight: torch.Tensor,
+        offsets: torch.Tensor | None = None,
+        max_norm: float | None = None,
+        norm_type: float = 2,
+        scale_grad_by_freq: bool = False,
+        mode: str = "mean",
+        sparse: bool = False,
+        per_sample_weights: torch.Tensor | None = None,
+        include_last_offset: bool = False,
+        padding_idx: int | None = None,
+    ) -> None:
+        if input.dtype not in (torch.int32, torch.int64):  # the deprecated order: embedding_bag(weight, input)
+            raise NotImplementedError("embedding_bag takes the indices first; swap the first two arguments")
+        if scale_grad_by_freq or mode not in ("sum", "mean"):
+            raise NotImplementedError(
+                f"embedding_bag has a per-example route for mode='sum' and mode='mean' without scale_grad_by_freq, "
+                f"got mode={mode!r} and scale_grad_by_freq={scale_grad_by_freq}; change them, or leave the table out "
+                f"with parameters="
+            )
+        self.held: torch.Tensor | None = input
+        self.parameters = {"weight": weight}
+        self.shape, self.mean = weight.shape, mode == "mean"
+        self.padding = None if padding_idx is None else padding_idx % weight.shape[0]
+        # Copies: only the indices' version is checked before they are used.
+        self.weights = None if per_sample_weights is None else per_sample_weights.detach().clone()
+        self.offsets = None if offsets is None else offsets.detach().long().clone()
+        if self.offsets is not None and include_last_offset:
+            self.offsets = self.offsets[:-1]
+
+    @classmethod
+    def accepts(cls, module: nn.Module) -> bool:
+        return not module.scale_grad_by_freq and module.mode in ("sum", "mean")
+
+    def _bags(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """index [n, T]; void [n, T], True where a bag has no such position; the positions' weights [n, T]."""
+        assert self.held is not None
+        index, weights = self.held.long(), self.weights
+        if self.offsets is None:
+            return index, torch.zeros_like(index, dtype=torch.bool), weights
+        ends = torch.cat([self.offsets[1:], self.offsets.new_tensor([index.numel()])])
+        lengths = ends - self.offsets  # [n]
+        T = int(lengths.max()) if lengths.numel() else 0
+        position = torch.arange(T, device=index.device)
+        void = position >= lengths.unsqueeze(1)
+        where = (self.offsets.unsqueeze(1) + position).masked_fill(void, 0)
+        if not index.numel():
+            return torch.zeros_like(where), void, None
+        return index[where], void, None if weights is None else weights[where]
+
+    def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
+        index, void, weights = self._bags()
+        if self.padding is not None:
+            void = void | (index == self.padding)
+        share = (~void).to(accumulator(grad.dtype))  # [n, T]
+        if self.mean:
+            share = share / share.sum(1, keepdim=True).clamp(min=1)
+        if weights is not None:
+            share = share * weights.to(share.dtype)
+        rows = share.unsqueeze(2) * grad.unsqueeze(1)  # [n, T, D]
+        index, rows = layout.fold(index), layout.fold(rows)
+        return EmbeddingFactors(index.flatten(1), rows.flatten(1, -2), self.shape)

@@ -74,6 +74,7 @@ class LinearFactors(Factors):
 class LinearCall(Call):
     """``torch.nn.functional.linear``."""
 
+    shareable = turns = True
     functions = (F.linear,)
     modules: ClassVar = {nn.Linear: ("weight", "bias")}
     costs: ClassVar = {

@@ -46,6 +46,7 @@ class _NormCall(Call):
 class _TrailingNormCall(_NormCall):
     """Normalises over the trailing dimensions ``shape``; all others but the batch are positions."""
 
+    shareable = True
     shape: Sequence[int]
 
     def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
