@@ -63,6 +63,10 @@ def unregister_layer(module_type: type[nn.Module]) -> None:
 
     Raises:
         KeyError: the type is not registered.
+
+    Example:
+        >>> gf.register_layer(torch.nn.Linear, lambda module, inputs, output_grads: {})
+        >>> gf.unregister_layer(torch.nn.Linear)
     """
     if module_type not in _REGISTERED:
         raise KeyError(f"{getattr(module_type, '__name__', module_type)} is not registered; register_layer adds types")
