@@ -12,9 +12,10 @@ from torch.autograd.graph import GradientEdge
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from ._uses import Entry, gradient_edge
-from .layers import BatchLayout, Factors
+from .layers import BatchLayout, Factors, registered
 from .layers.recompute import ModuleCall, rounding
 from .layers.registered import LayerFactors, checked_factors, inputs_of
+from .selection import Named
 
 
 class Claim:
@@ -30,6 +31,16 @@ class Claim:
 
     def names(self) -> str:
         return ", ".join(entry.name for entry in self.entries.values())
+
+
+def claims_of(chosen: list[Named], every: list[Entry]) -> list[Claim]:
+    """The modules that answer for recorded parameters themselves; ``every`` has the entries of ``chosen``."""
+    claims: dict[nn.Module, Claim] = {}
+    for named, entry in zip(chosen, every):
+        for module, name in named.claimants():
+            claim = claims.setdefault(module, Claim(module, registered(module)))
+            claim.entries[name] = entry
+    return list(claims.values())
 
 
 class ModuleUse:
@@ -123,7 +134,6 @@ class Claims:
     def __init__(self, claims: list[Claim], layout: BatchLayout, done: Callable[[Claim, ModuleCall, list, int], None]):
         self.layout, self._done = layout, done
         self.running: list[tuple[Claim, ModuleCall | None, int, tuple]] = []
-        self.names = {entry.name for claim in claims for entry in claim.entries.values()}
         self._hooks: list[Any] = []
         for claim in claims:
             self._hooks += [

@@ -9,10 +9,11 @@ from typing import Any
 
 import torch
 
+from ._backward import Backward
 from .layers import Factors
 from .selection import Parameters
 from .sketching import Sketch
-from .watching import Backward, Watch
+from .watching import Watch
 
 
 class NoiseScale(float):
@@ -155,7 +156,7 @@ class record(Watch):
 
     def _received(self, run: Backward, name: str, grad: torch.Tensor) -> None:
         if self._eager and self._asked["sq_norms"]:
-            with self._quiet():
+            with self._backwards.quiet():
                 run.state.grad_sqnorm = _added(run.state.grad_sqnorm, _sqnorm(grad))
 
     def _finished(self, run: Backward) -> None:

@@ -168,7 +168,7 @@ class VarianceTracker:
         assert self._record is not None
         for i in self._ids:
             idle.pop(i, None)
-        self._record._mode.__enter__()
+        self._record._forward.__enter__()
 
     def _before(self, module: nn.Module, args: Any) -> None:
         if self._inside or self.steps % self.every or not (module.training and torch.is_grad_enabled()):
@@ -189,7 +189,7 @@ class VarianceTracker:
         if self._forwards:
             self._forwards -= 1
             if self._forwards == 0 and self._record is not None:
-                self._record._mode.__exit__(None, None, None)  # sleeps until step(), or until another record opens
+                self._record._forward.__exit__(None, None, None)  # sleeps until step(), or until another record opens
                 idle.update(dict.fromkeys(self._ids, self._abandon))
 
     def _note(self, rec: record) -> None:

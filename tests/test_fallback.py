@@ -560,7 +560,7 @@ def test_a_forward_without_backward_keeps_nothing():
                 alive = weakref.ref(held.untyped_storage())
                 out = model(held)
                 del held, out
-            assert alive() is None and not list(rec._module_uses)
+            assert alive() is None and not list(rec._backwards.module_uses)
             step(model, x, y)
     finally:
         gc.enable()

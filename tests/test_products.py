@@ -147,7 +147,7 @@ def test_a_transpose_is_forgotten_with_the_tensor():
             with torch.no_grad():
                 model(torch.zeros(2, 3, dtype=torch.long))
         F.cross_entropy(model(torch.zeros(2, 3, dtype=torch.long)), torch.zeros(2, dtype=torch.long)).backward()
-        assert not rec._turned and len(rec._entries) == 1
+        assert not rec._forward.turned and len(rec._forward.entries) == 1
 
 
 def test_sketch_and_centres_of_a_transposed_product():
