@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from ._arguments import integer
 from ._backward import Backward, Backwards
 from ._claims import claims_of
 from ._compiled import run_compiled, run_eagerly
@@ -54,10 +55,11 @@ class Watch:
         batch_dim: int = 0,
         batch_size: int | None = None,
     ) -> None:
+        batch_dim = integer("batch_dim", batch_dim)
         if batch_dim not in (0, 1):
             raise ValueError(f"batch_dim must be 0 or 1, got {batch_dim!r}; move the batch to one of these dimensions")
-        if batch_size is not None and (not isinstance(batch_size, int) or batch_size < 0):
-            raise ValueError(f"batch_size must be a number of examples or None, got {batch_size!r}")
+        if batch_size is not None:
+            batch_size = integer("batch_size (the number of examples, or None)", batch_size, 0)
         self.model, self._consumer, self._parameters = model, consume, parameters
         self._layout = BatchLayout(batch_dim, batch_size)
         self.backwards = 0

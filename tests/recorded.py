@@ -7,6 +7,8 @@ import copy
 import torch
 from torch import nn
 
+from gradclust_fast.layers import DenseFactors
+
 
 def one_at_a_time(model: nn.Module, losses, names=None) -> dict[str, torch.Tensor]:
     """{name: [B, *shape]} gradients of ``losses(model)[b]`` in float64, one autograd call per example.
@@ -41,6 +43,9 @@ def assert_matches(rec, oracle: dict[str, torch.Tensor], scale: float = 1.0, rto
         close(rec.sq_norms, everything.square().sum(1), "sq_norms")
     if asked["gram"]:
         close(rec.gram, everything @ everything.T, "gram")
+    if asked["sketch"]:
+        made = [rec._sketch.apply(name, DenseFactors(scale * g)) for name, g in oracle.items()]
+        close(rec.sketches, sum(made) if rec._sketch.reduce else torch.cat(made, 1), "sketches")
     if asked["moments"]:
         for name, (first, second) in rec.moments.items():
             assert first.shape == oracle[name].shape[1:]
