@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from gradclust_fast import _native
+
 
 @dataclass
 class Case:
@@ -29,6 +31,8 @@ class Case:
     """Bytes that any implementation must move: each input read once, each output written once."""
     dtype: torch.dtype = torch.float32
     """Whose matrix-product rate is the ceiling."""
+    missing: dict[str, str] = field(default_factory=dict)
+    """Baselines that could not be built, and what would bring them, e.g. ``{"faiss": "pip install faiss-cpu"}``."""
 
 
 @dataclass
@@ -48,7 +52,7 @@ class Row:
     ratios: dict[str, Timing] = field(default_factory=dict)
     """Ours divided by the baseline, per repetition, then median and quartiles: below 1 we win."""
     failed: dict[str, str] = field(default_factory=dict)
-    """Baselines that raised, and what."""
+    """Baselines without a time: those that raised, and what; those not installed, and the remedy."""
 
 
 def summarise(values: list[float]) -> Timing:
@@ -77,7 +81,7 @@ def measure(case: Case, *, seconds: float = 2.0, least: int = 7, device: str = "
     (three rounds are taken even then). A baseline that raises is recorded and left out; ours raising is the caller's.
     """
     functions = {"ours": case.ours}
-    failed = {}
+    failed = {name: f"not installed ({remedy})" for name, remedy in case.missing.items()}
     case.ours()
     for name, function in case.baselines.items():
         try:
@@ -149,10 +153,25 @@ class Ceilings:
         left, right = (torch.randn(n, n, device=self.device).to(dtype) for _ in range(2))
         return self._best_rate(name, 2.0 * n**3, lambda: left @ right)
 
+    def fma_peak(self) -> float:
+        """float32 operations per second of multiply-adds in registers; 0 without C++ kernels, and on CUDA."""
+        native = None if self.device != "cpu" else _native._C
+        if native is None:
+            return 0.0
+        if "FMA peak" in self._known:
+            return self._known["FMA peak"]
+        threads = torch.get_num_threads()
+        work = native.fma_peak_cpu(1_000_000, threads)
+        return self._best_rate("FMA peak", work, lambda: native.fma_peak_cpu(1_000_000, threads))
+
+    def compute_rate(self, dtype: torch.dtype) -> float:
+        """The faster of torch's matrix product and, in float32, the measured peak of the multiply-add units."""
+        return max(self.gemm_rate(dtype), self.fma_peak() if dtype == torch.float32 else 0.0)
+
     def floor(self, case: Case) -> tuple[float, str]:
         """The least seconds the case can take here, and what bounds it: ``"memory"`` or ``"compute"``."""
         moved = case.bytes / max(self.read_bandwidth(), self.copy_bandwidth())
-        computed = case.flops / self.gemm_rate(case.dtype) if case.flops > 0 else 0.0
+        computed = case.flops / self.compute_rate(case.dtype) if case.flops > 0 else 0.0
         return (moved, "memory") if moved >= computed else (computed, "compute")
 
     def as_dict(self) -> dict[str, float]:

@@ -118,6 +118,9 @@ def main() -> None:
         *kernel_table(headline(rows)),
     ]
     write_atomically(ROOT / "README.md", "\n".join([before + BEGIN, "", *numbers, "", END + after]))
+    from bench.figures import draw_all  # matplotlib only here: the numbers need none
+
+    figures = draw_all(folder, rows, ROOT / "docs" / "images", YARDSTICKS)
     page = [
         "# Benchmarks",
         "",
@@ -128,6 +131,7 @@ def main() -> None:
         "",
         *kernel_table(rows),
         "",
+        *(line for name, what in figures for line in (f"![{what}](images/{name})", f"*{what}.*", "")),
     ]
     write_atomically(PAGE, "\n".join(page))
 

@@ -26,6 +26,8 @@ from typing import Any
 import torch
 
 import gradclust_fast as gf
+from bench.compare import compare
+from bench.gate import refusal
 from bench.harness import Case, Ceilings, Row, measure
 from gradclust_fast._files import write_atomically
 
@@ -81,7 +83,8 @@ def machine(device: str) -> dict[str, Any]:
 
 
 def cases_of(module: ModuleType, device: str) -> Iterator[Case]:
-    """The module's cases, their tensors made on the device."""
+    """The module's cases, their tensors made on the device, from the same random numbers in every run."""
+    torch.manual_seed(0)
     cases = module.cases()
     while True:
         with torch.device(device):  # only while a case is built: the mode would slow the timed calls
@@ -178,8 +181,12 @@ def run(
     *,
     limit: int | None = None,
     quick: bool = False,
+    tested: bool = True,
 ) -> int:
-    """Measures and writes; returns the number of cases that failed. ``limit`` keeps the first cases of each op."""
+    """Measures and writes; returns the number of cases that failed. ``limit`` keeps the first cases of each op.
+
+    An op whose tests fail is not timed; ``tested=False`` leaves that to a caller that has run them.
+    """
     unknown = sorted(set(ops or ()) - set(available_ops()))
     if unknown:
         raise SystemExit(f"--op: no benchmark for {', '.join(unknown)}; there are {', '.join(available_ops())}")
@@ -189,13 +196,19 @@ def run(
     ceilings = Ceilings(device, megabytes=8, size=256) if quick else Ceilings(device)
     print(
         f"ceilings: copy {ceilings.copy_bandwidth() / 1e9:.1f} GB/s, read {ceilings.read_bandwidth() / 1e9:.1f} GB/s, "
-        f"float32 matrix product {ceilings.gemm_rate() / 1e9:.0f} GFLOP/s\n\n"
+        f"float32 matrix product {ceilings.gemm_rate() / 1e9:.0f} GFLOP/s, "
+        f"multiply-add units {ceilings.fma_peak() / 1e9:.0f} GFLOP/s\n\n"
         f"{'':<32} {'median':>8}  {'low':>8}  {'high':>8}   (ms; low and high are quartiles)",
         flush=True,
     )
     failures = 0
     for op in ops or available_ops():
         label = ""
+        reason = refusal(op) if tested else None
+        if reason is not None:
+            failures += 1
+            print_record({"op": op, "label": "", "error": reason})
+            continue
         try:
             cases = cases_of(importlib.import_module(f"bench.kernels.bench_{op}"), device)
             for case in itertools.islice(cases, limit):
@@ -230,11 +243,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
     parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases of each op")
     parser.add_argument("--quick", action="store_true", help="small ceilings: proves that all runs, measures nothing")
+    parser.add_argument("--untested", action="store_true", help="do not run an op's tests before it is timed")
+    parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, measured before")
     arguments = parser.parse_args(argv)
+    if arguments.compare:
+        compare(*arguments.compare)
+        return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     try:
-        options = {"limit": arguments.cases, "quick": arguments.quick}
+        options = {"limit": arguments.cases, "quick": arguments.quick, "tested": not arguments.untested}
         return 1 if run(arguments.op, arguments.out, arguments.seconds, arguments.device, **options) else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the finished rows are kept", file=sys.stderr)

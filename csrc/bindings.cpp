@@ -9,6 +9,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "ceilings.h"
 #include "cluster.h"
 #include "conv_sqnorm.h"
 #include "grad_gram.h"
@@ -175,6 +176,12 @@ PYBIND11_MODULE(_C, m) {
 #endif
   m.attr("cuda_reason") = GRADCLUST_CUDA_REASON;
   m.attr("cuda_archs") = GRADCLUST_CUDA_ARCHS;
+  m.def("fma_peak_cpu", [](int64_t rounds, int threads) {
+    double sink = 0;
+    int64_t flops = 0;
+    PICK(fma_peak_cpu)(rounds, &sink, &flops, threads);
+    return flops;
+  }, nogil());
   bind_linear(m);
   bind_cluster(m);
   bind_conv(m);
