@@ -168,10 +168,13 @@ class Op:
         """The op without torch's dispatcher (about 50 µs a call less): for eager code without autograd, as in hooks."""
         self.check(*args)
         kernel = self.choose(*args)
-        if torch._C._is_any_autocast_enabled():  # the documented precision is the op's, not the caller's region's
-            with torch._C._DisableAutocast():
-                return kernel.run(*args)
-        return kernel.run(*args)
+        try:
+            if torch._C._is_any_autocast_enabled():  # the documented precision is the op's, not the caller's region's
+                with torch._C._DisableAutocast():
+                    return kernel.run(*args)
+            return kernel.run(*args)
+        except torch.OutOfMemoryError as error:  # its message names the size and the device
+            raise torch.OutOfMemoryError(f"gradclust_fast::{self.name} ran out of memory: {error}") from error
 
     def _fake(self, *args: Any) -> Any:
         self.check(*args)

@@ -104,7 +104,14 @@ def build_info() -> BuildInfo:
         info["CUDA kernels"] = built if reason is None else f"{built}; cannot run: {reason}"
     else:
         info["CUDA kernels"] = f"unavailable: {reason}"
+    info["Triton kernels"] = _triton_info()
     return info
+
+
+def _triton_info() -> str:
+    from .triton_kernels import _support
+
+    return _support.info()
 
 
 def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]:

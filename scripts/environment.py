@@ -11,12 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 TORCH = "2.13.0"
+TRITON = "3.6.0"
 OLDEST_TORCH = (2, 6)
 ROOT = Path(__file__).resolve().parent.parent
 VENV = Path(os.environ.get("VENV", ROOT / ".venv")).absolute()
@@ -43,7 +45,7 @@ def pip(*arguments: str, quiet: bool = False, **variables: str) -> bool:
 
 def fingerprint() -> str:
     """Changes when the installation must be done again: what is built, with what, and what is required."""
-    digest = hashlib.sha256(repr((sys.version, TORCH)).encode())
+    digest = hashlib.sha256(repr((sys.version, TORCH, TRITON)).encode())
     for name in ("GRADCLUST_NATIVE", "GRADCLUST_CUDA", "CMAKE_ARGS", "CXX", "CUDACXX"):
         digest.update(f"{name}={os.environ.get(name)}\n".encode())
     sources = sorted(path for path in (ROOT / "csrc").rglob("*") if path.is_file())
@@ -114,6 +116,15 @@ def provide_torch() -> None:
         )
 
 
+def provide_triton() -> None:
+    """A known Triton beside a torch that brought none: the tests run the GPU kernels in its interpreter."""
+    if sys.platform != "linux" or platform.machine() != "x86_64" or run(str(PYTHON), "-c", "import triton", quiet=True):
+        return
+    say(f"installing triton {TRITON}")
+    if not pip("--no-deps", f"triton=={TRITON}"):
+        raise SystemExit(f"triton {TRITON} could not be installed, see above")
+
+
 def install(target: str) -> None:
     say(f"building and installing gradclust_fast[{target}] (the first time takes a few minutes)")
     variables = {}
@@ -134,6 +145,8 @@ def main(target: str) -> None:
         return
     create()
     provide_torch()
+    if target == "test":
+        provide_triton()
     for stamp in stamps.values():
         if stamp.exists() and stamp.read_text() != mark:
             stamp.unlink()
