@@ -1,4 +1,4 @@
-"""The command ``gradclust``: a demo, the coverage of a user's model, and the benchmarks."""
+"""The command ``gradclust``: a demo, the coverage of a user's model, the study, and the benchmarks."""
 
 from __future__ import annotations
 
@@ -114,7 +114,8 @@ def parser() -> argparse.ArgumentParser:
     command.add_argument("model", metavar="module:factory", help="a function or class that returns the model")
     command.set_defaults(run=run_coverage)
 
-    # its arguments are bench/run.py's own, --help included
+    # their arguments are their own modules', --help included
+    commands.add_parser("study", help="the paper's measurements, row by row: list, run, report", add_help=False)
     commands.add_parser("bench", help="kernel benchmarks of this machine (inside a clone)", add_help=False)
     return top
 
@@ -124,6 +125,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parsed, rest = top.parse_known_args(arguments)
     if parsed.command == "bench":
         return run_bench(rest)
+    if parsed.command == "study":
+        from .study.command import main as study
+
+        return study(rest)
     if rest:
         top.error(f"unrecognized arguments: {' '.join(rest)}")
     return parsed.run(parsed)
