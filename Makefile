@@ -10,7 +10,7 @@ export VENV
 export OMP_WAIT_POLICY ?= passive
 RUN = $(VENV)/bin/python
 
-.PHONY: help demo test lint bench gpu-check clean
+.PHONY: help demo test lint bench gpu-check aot-check clean
 
 help:
 	@echo "make demo       measure gradient variance on handwritten digits: a live table and a figure"
@@ -18,6 +18,7 @@ help:
 	@echo "make lint       ruff and mypy alone"
 	@echo "make bench      kernel benchmarks of this machine"
 	@echo "make gpu-check  GPU tests and benchmarks, with the torch of \$$(PYTHON), offline"
+	@echo "make aot-check  compile the GPU kernels of all benchmark cases without a GPU; registers, spills, tensor cores"
 	@echo "make clean      remove what the other targets made"
 
 demo:
@@ -39,6 +40,11 @@ bench:
 
 gpu-check:
 	$(PYTHON) bench/gpu_check.py $(ARGS)
+
+aot-check:
+	@$(PYTHON) scripts/environment.py test
+	$(RUN) -m bench.aot_check $(ARGS)
+	$(RUN) -m bench.aot_check --precision high $(ARGS)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info gradclust_fast/_C*.so demo-out gpu-check-out

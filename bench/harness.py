@@ -13,6 +13,11 @@ import torch
 from gradclust_fast import _native
 
 
+def on_gpu() -> bool:
+    """Whether cases are being made for a GPU (or, on the meta device, for its compiler): torch's default device."""
+    return torch.get_default_device().type != "cpu"
+
+
 @dataclass
 class Case:
     """One benchmark row: an op at one size beside what a user would otherwise write.

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def gram(act: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -19,7 +19,7 @@ def direct(act: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def cases() -> Iterator[Case]:
-    B, I, O = 16384, 1024, 1024
+    B, I, O = 262144 if on_gpu() else 16384, 1024, 1024
     act, grad = torch.randn(B, I), torch.randn(B, O)
     yield Case(
         "grad_sqnorm",
@@ -33,6 +33,8 @@ def cases() -> Iterator[Case]:
         flops=2 * B * (I + O),
         bytes=4 * B * (I + O + 1),
     )
+    if on_gpu():
+        yield sequence_case(32, 1024, 4096, 4096, torch.bfloat16)
     for B, T, I, O in ((32, 256, 512, 512), (256, 8, 512, 512), (64, 32, 1024, 256), (16, 512, 64, 64)):
         for dtype in (torch.float32, torch.bfloat16):
             yield sequence_case(B, T, I, O, dtype)

@@ -8,6 +8,7 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, as_rows, check_factors
 from ._linear import cpu_refuses, sequence_route
+from ._triton import triton_loses, triton_refuses
 
 
 def grad_sqnorm(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
@@ -85,4 +86,21 @@ def grad_sqnorm_cuda(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch
     with torch.cuda.device(act.device):
         stream = torch.cuda.current_stream().cuda_stream
         _native._C.grad_sqnorm_cuda(_native.linear(act, grad, bias), out.data_ptr(), stream)
+    return out
+
+
+def _triton_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return triton_loses(act)
+
+
+@_op.kernel("triton", refuses=_triton_refuses, loses=_triton_loses)
+def grad_sqnorm_triton(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    from ..triton_kernels.grad_sqnorm import grad_sqnorm as fill  # here: it imports Triton
+
+    out = _fake(act, grad, bias)
+    fill(as_rows(act), as_rows(grad), bias, out)
     return out

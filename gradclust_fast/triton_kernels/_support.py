@@ -8,9 +8,11 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import torch
 
 OLDEST_CAPABILITY = (8, 0)
@@ -137,17 +139,22 @@ def float32_precision() -> str:
 
 
 @functools.cache
-def _mend_interpreter() -> None:
-    """NumPy 2.4 no longer makes an int of an array of one element, as Triton 3.6's interpreter does of loop bounds."""
+def _prepare_interpreter() -> None:
+    """Patches Triton's language for its interpreter once, not at every launch and call of a device function.
+
+    That is most of the time on small tensors. Loop bounds are mended too: they are arrays of one element there, of
+    which NumPy 2.4 no longer makes an int.
+    """
+    from triton import language
     from triton.runtime import interpreter
 
-    original = interpreter._patch_lang_tensor
-
-    def patch(tensor: Any, scope: Any) -> None:
-        original(tensor, scope)
-        scope.set_attr(tensor, "__index__", lambda self: self.handle.data.item())
-
-    interpreter._patch_lang_tensor = patch
+    patch = interpreter._patch_lang
+    scope = patch(SimpleNamespace(__globals__={"language": language, "core": language.core}))
+    language.tensor.__index__ = lambda self: self.handle.data.item()
+    kept = SimpleNamespace(restore=lambda: None, scope=scope)
+    interpreter._patch_lang = lambda function: kept
+    checks = interpreter.interpreter_builder.options
+    interpreter.interpreter_builder.options = replace(checks, sanitize_overflow=False)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device, **meta: Any) -> None:
@@ -162,8 +169,8 @@ def launch(kernel: Any, grid: tuple[int, ...], *args: Any, device: torch.device,
         return
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         if interpreted():
-            with _interpreter_lock:
-                _mend_interpreter()
+            with _interpreter_lock, np.errstate(all="ignore"):  # a GPU says nothing of NaN either
+                _prepare_interpreter()
                 kernel[grid](*args, **meta)
         else:
             kernel[grid](*args, **meta)
