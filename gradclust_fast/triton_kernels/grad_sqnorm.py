@@ -10,9 +10,9 @@ Not measured on a GPU yet; the floors below are counted, not timed.
   reaches memory. 2TIO FLOPs an example.
 
 The plain Gram sum cancels when activations hardly vary, so a feature whose activations lie within a factor of two of
-their (rounded) mean c has c subtracted as it is read: exact in the factors' own half type, where an arbitrary mean would
-round. The terms of c come back as 2 Σ_t (D[t]·s)(Ã[t]·c) + ‖s‖²‖c‖², s = Σ_t D[t]. An example without such features, or
-where they carry under a quarter of the energy, loses nothing by the plain sum and takes it.
+their (rounded) mean c has c subtracted as it is read: exact in the factors' own half type, where an arbitrary mean
+would round. The terms of c come back as 2 Σ_t (D[t]·s)(Ã[t]·c) + ‖s‖²‖c‖², s = Σ_t D[t]. An example without such
+features, or where they carry under a quarter of the energy, loses nothing by the plain sum and takes it.
 
 Every sum has one order, whatever runs first: partial sums go to memory ([B, tiles]) and a last launch adds them up.
 """
@@ -114,7 +114,7 @@ def grad_sqnorm_total_kernel(
             energy += tl.sum(tl.load(energy_ptr + at + 1, mask=slot < parts, other=0.0), 0)
         centered = (carried > 0.25 * energy) & (carried > 0)
         if part == 0:
-            tl.store(flag_ptr + b, centered.to(tl.int32))
+            tl.store(flag_ptr + b, tl.where(centered, 1, 0))
         wanted = centered | BIAS
     if wanted:
         feature = part * BLOCK + tl.arange(0, BLOCK)
@@ -349,7 +349,7 @@ def gram_is_cheaper(B: int, T: int, I: int, O: int, dtype: torch.dtype, target: 
     precision = _support.float32_precision()
     rows = gram_tiles(B, T, dtype, precision, target).rows
     n = blocks(T, rows)
-    gram = rows * rows * (I + O) * (n * (n + 1) / 2 if T > rows // 2 else 1 / (rows // T))
+    gram = rows * rows * (I + O) * (n * (n + 1) / 2 if rows // 2 < T else 1 / (rows // T))
     return gram < power_of_two(T) * I * O if T <= 16 else gram < T * I * O
 
 
@@ -408,7 +408,7 @@ def _gram(act: torch.Tensor, grad: torch.Tensor, bias: bool, out: torch.Tensor, 
         grad_sqnorm_total_kernel, (B * n,), grad, energy, flag, total, T, O, parts, n, *strides[2:], True, bias, UNIT,
         POSITIONS, BLOCK, num_warps=4, device=device,
     )  # fmt: skip
-    packed = 2 * T <= tiling.rows
+    packed = tiling.rows >= 2 * T
     E = tiling.rows // T if packed else 1
     tiles = blocks(E * T, tiling.rows)
     programs = tiles * (tiles + 1) // 2 + tiles
