@@ -12,6 +12,7 @@
 #include "ceilings.h"
 #include "cluster.h"
 #include "conv_sqnorm.h"
+#include "embedding.h"
 #include "grad_gram.h"
 #include "grad_moments.h"
 #include "grad_quantities.h"
@@ -158,6 +159,34 @@ void bind_conv(py::module_& m) {
   }, nogil());
 }
 
+// (index, grad, dtype, B, T, D, V, padding, index_stride_b, index_stride_t, grad_stride_b, grad_stride_t)
+using EmbeddingTuple = std::array<int64_t, 12>;
+
+EmbeddingFactors embedding(const EmbeddingTuple& t) {
+  return {pointer<int64_t>(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
+          t[9], t[10], t[11]};
+}
+
+void bind_embedding(py::module_& m) {
+  m.def("embedding_sqnorm_cpu", [](const EmbeddingTuple& f, uintptr_t out, int threads) {
+    PICK(embedding_sqnorm_cpu)(embedding(f), pointer(out), threads);
+  }, nogil());
+  m.def("embedding_gram_cpu", [](const EmbeddingTuple& f, uintptr_t out, int threads) {
+    PICK(embedding_gram_cpu)(embedding(f), pointer(out), threads);
+  }, nogil());
+  m.def("embedding_moments_cpu", [](const EmbeddingTuple& f, uintptr_t first, uintptr_t second, int threads) {
+    PICK(embedding_moments_cpu)(embedding(f), pointer(first), pointer(second), threads);
+  }, nogil());
+  m.def("embedding_sketch_cpu", [](const EmbeddingTuple& f, uintptr_t left, uintptr_t right, int64_t P, int64_t Q,
+                                   uintptr_t out, int threads) {
+    PICK(embedding_sketch_cpu)(embedding(f), pointer(left), pointer(right), P, Q, pointer(out), threads);
+  }, nogil());
+  m.def("embedding_dot_cpu", [](const EmbeddingTuple& f, uintptr_t center_index, uintptr_t center_grad, int64_t K,
+                                int64_t rank, uintptr_t out, int threads) {
+    PICK(embedding_dot_cpu)(embedding(f), pointer(center_index), pointer(center_grad), K, rank, pointer(out), threads);
+  }, nogil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -185,4 +214,5 @@ PYBIND11_MODULE(_C, m) {
   bind_linear(m);
   bind_cluster(m);
   bind_conv(m);
+  bind_embedding(m);
 }

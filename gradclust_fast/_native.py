@@ -123,6 +123,14 @@ def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]
     )  # fmt: skip
 
 
+def embedding(index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding: int) -> tuple[int, ...]:
+    """csrc/bindings.cpp:EmbeddingTuple of index [B, T] int64 and grad [B, T, D] feature stride 1; padding −1: none."""
+    return (
+        index.data_ptr(), grad.data_ptr(), DTYPES[grad.dtype], *grad.shape, num_embeddings, padding,
+        *index.stride(), *grad.stride()[:2],
+    )  # fmt: skip
+
+
 def rows(points: torch.Tensor) -> tuple[int, ...]:
     """csrc/bindings.cpp:RowsTuple of points [N, R] with feature stride 1."""
     return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)

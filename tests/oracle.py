@@ -31,3 +31,15 @@ def conv_grads(act: torch.Tensor, grad: torch.Tensor, bias: bool = False, dtype=
             weight, *rest = torch.autograd.grad(layer(act[b : b + 1]), list(layer.parameters()), grad[b : b + 1])
             G[b] = torch.cat([weight.flatten(1), *(r.unsqueeze(1) for r in rest)], 1)
     return G
+
+
+def embedding_grads(index, grad, num_embeddings, padding_idx=None, dtype=torch.float64) -> torch.Tensor:
+    """G_b of an embedding table [V, D] by autograd on one example at a time: [B, V, D]."""
+    index, grad = index.cpu().long(), grad.to("cpu", dtype)
+    G = torch.zeros(index.shape[0], num_embeddings, grad.shape[-1], dtype=dtype)
+    for b in range(index.shape[0]):
+        table = torch.zeros(num_embeddings, grad.shape[-1], dtype=dtype, requires_grad=True)
+        if index[b].numel() and grad.shape[-1]:  # torch refuses to look up in a table without columns
+            out = torch.nn.functional.embedding(index[b], table, padding_idx=padding_idx)
+            (G[b],) = torch.autograd.grad(out, table, grad[b])
+    return G

@@ -18,6 +18,12 @@ def images(B):
     return torch.randn(B, 2, 6, 6), torch.randn(B, 3, 6, 6)
 
 
+def looked_up(B):
+    return torch.randint(9, (B, 5)), torch.randn(B, 5, 4)
+
+
+TABLE = {"num_embeddings": 9, "padding_idx": -2}
+
 CASES = {  # op: (options, arguments for a batch of B)
     "grad_sqnorm": ({"bias": True}, linear),
     "grad_sketch": ({}, lambda B: (*linear(B), torch.randn(3, 2), torch.randn(4, 2))),
@@ -30,6 +36,11 @@ CASES = {  # op: (options, arguments for a batch of B)
     "conv_dot": (CONV, lambda B: (*images(B), torch.randn(B, 3), torch.randn(B, 19))),
     "conv_gram": (CONV, images),
     "conv_moments": (CONV, images),
+    "embedding_sqnorm": (TABLE, looked_up),
+    "embedding_sketch": (TABLE, lambda B: (*looked_up(B), torch.randn(9, 2), torch.randn(4, 2))),
+    "embedding_dot": (TABLE, lambda B: (*looked_up(B), torch.randn(B, 9), torch.randn(B, 4))),
+    "embedding_gram": (TABLE, looked_up),
+    "embedding_moments": (TABLE, looked_up),
     "assign": ({}, lambda B: (torch.randn(B, 6), torch.rand(6), torch.rand(B))),
     "assign_points": ({}, lambda B: (torch.randn(B, 6), torch.randn(B + 3, 6))),
     "cluster_sums": ({"num_clusters": 4}, lambda B: (torch.randn(B, 6), torch.randint(0, 4, (B,)))),

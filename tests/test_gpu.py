@@ -103,11 +103,20 @@ def check(name: str, args: tuple, kwargs: dict, dtype: torch.dtype) -> None:
             assert_close_to_oracle(each, exact, rough, dtype)
 
 
+TABLES = [  # B, positions, V, D, padding_idx, why
+    pytest.param(0, (3,), 5, 4, None, id="empty-batch"),
+    pytest.param(5, (), 9, 3, -1, id="one-position"),
+    pytest.param(4, (7,), 3, 33, 1, id="rows-repeat"),
+    pytest.param(40, (3, 30), 5000, 130, None, id="several-tiles"),
+]
+
+
 def test_every_op_is_covered_here():
     linear = {f"grad_{what}" for what in EXTRA}
     conv = {f"conv_{what}" for what in EXTRA}
     points = {"assign", "assign_points", "cluster_sums", "exact_moves"}
-    assert set(gf.ops.__all__) <= linear | conv | points
+    tables = {f"embedding_{what}" for what in EXTRA}
+    assert set(gf.ops.__all__) <= linear | conv | tables | points
     assert set(gf.ops.__all__) == set(OPS)
 
 
@@ -133,6 +142,19 @@ def test_convolution_ops(what, case, bias):
     taps = size ** len(case.size) if isinstance(size, int) else torch.Size(size).numel()
     extra = EXTRA[what](case.C // geometry["groups"] * taps, case.O, torch.float32, bias)
     check(f"conv_{what}", (act, grad), {"bias": bias, **geometry, **extra}, torch.float32)
+
+
+@on_device
+@pytest.mark.parametrize("B, positions, V, D, padding_idx", TABLES)
+@pytest.mark.parametrize("what", [what for what in EXTRA if f"embedding_{what}" in OPS])
+def test_embedding_ops(what, dtype, B, positions, V, D, padding_idx):
+    index, grad = torch.randint(V, (B, *positions)), torch.randn(B, *positions, D).to(dtype)
+    extra = {
+        "sketch": {"left": torch.randn(V, 3).to(dtype), "right": torch.randn(D, 4).to(dtype)},
+        "dot": {"center_index": torch.randn(K, V).to(dtype), "center_grad": torch.randn(K, D).to(dtype)},
+    }.get(what, {})
+    options = {"num_embeddings": V, "padding_idx": padding_idx}
+    check(f"embedding_{what}", (index, grad), {**options, **extra}, dtype)
 
 
 @on_device

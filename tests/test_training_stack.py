@@ -65,6 +65,7 @@ def op_calls():
     image, out = torch.randn(4, 2, 6, 6), torch.randn(4, 3, 4, 4)
     conv = {"kernel_size": (3, 3)}
     points, labels = torch.randn(12, 6), torch.arange(12) % 3
+    looked_up = (torch.randint(7, (4, 3)), grad)
     return {
         "grad_sqnorm": lambda: gf.ops.grad_sqnorm(act, grad),
         "grad_sketch": lambda: gf.ops.grad_sketch(act, grad, torch.ones(5, 2), torch.ones(6, 2)),
@@ -79,6 +80,13 @@ def op_calls():
         "conv_dot": lambda: gf.ops.conv_dot(image, out, torch.ones(2, 3), torch.ones(2, 18), **conv),
         "conv_gram": lambda: gf.ops.conv_gram(image, out, **conv),
         "conv_moments": lambda: gf.ops.conv_moments(image, out, **conv),
+        "embedding_sqnorm": lambda: gf.ops.embedding_sqnorm(*looked_up, num_embeddings=7),
+        "embedding_sketch": lambda: gf.ops.embedding_sketch(
+            *looked_up, torch.ones(7, 2), torch.ones(5, 2), num_embeddings=7
+        ),
+        "embedding_dot": lambda: gf.ops.embedding_dot(*looked_up, torch.ones(2, 7), torch.ones(2, 5), num_embeddings=7),
+        "embedding_gram": lambda: gf.ops.embedding_gram(*looked_up, num_embeddings=7),
+        "embedding_moments": lambda: gf.ops.embedding_moments(*looked_up, num_embeddings=7, padding_idx=2),
         "assign": lambda: gf.ops.assign(points[:, :3], points[:3, 0].abs(), points[:, 0].abs()),
         "assign_points": lambda: gf.ops.assign_points(points, points[:3]),
         "cluster_sums": lambda: gf.ops.cluster_sums(points, labels, 3),

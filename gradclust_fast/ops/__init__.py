@@ -8,6 +8,11 @@ from .conv_gram import conv_gram
 from .conv_moments import conv_moments
 from .conv_sketch import conv_sketch
 from .conv_sqnorm import conv_sqnorm
+from .embedding_dot import embedding_dot
+from .embedding_gram import embedding_gram
+from .embedding_moments import embedding_moments
+from .embedding_sketch import embedding_sketch
+from .embedding_sqnorm import embedding_sqnorm
 from .exact_moves import exact_moves
 from .grad_dot import grad_dot
 from .grad_gram import grad_gram
@@ -25,6 +30,11 @@ __all__ = [
     "conv_moments",
     "conv_sketch",
     "conv_sqnorm",
+    "embedding_dot",
+    "embedding_gram",
+    "embedding_moments",
+    "embedding_sketch",
+    "embedding_sqnorm",
     "exact_moves",
     "grad_dot",
     "grad_gram",

@@ -54,14 +54,14 @@ def in_features(act: torch.Tensor, bias: bool) -> int:
     return act.shape[-1] + int(bias)
 
 
-def check_auxiliary(name: str, tensor: torch.Tensor, act: torch.Tensor) -> None:
+def check_auxiliary(name: str, tensor: torch.Tensor, act: torch.Tensor, like: str = "act") -> None:
     """A matrix that every example meets (a projection, a centre): act's dtype or the accumulator's, act's device."""
     allowed = {act.dtype, accumulator(act.dtype)}
     if tensor.dtype not in allowed:
         expected = " or ".join(sorted(map(str, allowed)))
         raise TypeError(f"{name} must be {expected} for {act.dtype} factors, got {tensor.dtype}; cast it")
     if tensor.device != act.device:
-        raise ValueError(f"{name} must be on {act.device} like act, got {tensor.device}; move one of them")
+        raise ValueError(f"{name} must be on {act.device} like {like}, got {tensor.device}; move one of them")
 
 
 def check_sides(

@@ -8,6 +8,11 @@ from . import conv_gram as conv_gram
 from . import conv_moments as conv_moments
 from . import conv_sketch as conv_sketch
 from . import conv_sqnorm as conv_sqnorm
+from . import embedding_dot as embedding_dot
+from . import embedding_gram as embedding_gram
+from . import embedding_moments as embedding_moments
+from . import embedding_sketch as embedding_sketch
+from . import embedding_sqnorm as embedding_sqnorm
 from . import exact_moves as exact_moves
 from . import grad_dot as grad_dot
 from . import grad_gram as grad_gram

@@ -1,0 +1,36 @@
+// Gradients of an embedding table: G_b[v] = Σ_{t: index[b, t] = v} grad[b, t], [V, D]. Launchers; the kernels are in
+// cpu/embedding_*.cpp. Every index lies in [0, V); results are float64 for a float64 grad, else float32.
+#pragma once
+#include "launch.h"
+#include "types.h"
+
+namespace gradclust {
+
+// Strides count elements; the feature dimension of grad has stride 1.
+struct EmbeddingFactors {
+  const int64_t* index;  // [B, T]
+  const void* grad;      // [B, T, D]
+  DType dtype;
+  int64_t B, T, D, V;
+  int64_t padding;  // the row that gets no gradient; −1 for none
+  int64_t index_stride_b, index_stride_t, grad_stride_b, grad_stride_t;
+};
+
+// out [B]
+GRADCLUST_CPU_LAUNCHER(embedding_sqnorm_cpu, const EmbeddingFactors& f, void* out, int threads)
+
+// out [B, B]
+GRADCLUST_CPU_LAUNCHER(embedding_gram_cpu, const EmbeddingFactors& f, void* out, int threads)
+
+// first, second [V, D], zero on entry.
+GRADCLUST_CPU_LAUNCHER(embedding_moments_cpu, const EmbeddingFactors& f, void* first, void* second, int threads)
+
+// out [B, P, Q]; left [V, P] and right [D, Q], contiguous in out's dtype, or null for the identity.
+GRADCLUST_CPU_LAUNCHER(embedding_sketch_cpu, const EmbeddingFactors& f, const void* left, const void* right, int64_t P,
+                       int64_t Q, void* out, int threads)
+
+// out [B, K]; center_index [K, rank, V] and center_grad [K, rank, D], contiguous in out's dtype.
+GRADCLUST_CPU_LAUNCHER(embedding_dot_cpu, const EmbeddingFactors& f, const void* center_index, const void* center_grad,
+                       int64_t K, int64_t rank, void* out, int threads)
+
+}  // namespace gradclust
