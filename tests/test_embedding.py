@@ -12,7 +12,7 @@ from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
 
-OPS = ["sqnorm", "sketch", "dot", "gram", "moments"]
+OPS = ["embedding_sqnorm", "embedding_sketch", "embedding_dot", "embedding_gram", "embedding_moments"]
 GRID = [  # B, positions, V, D, padding_idx, why
     pytest.param(0, (3,), 5, 4, None, id="empty-batch"),
     pytest.param(3, (0,), 5, 4, 1, id="no-positions"),
@@ -39,12 +39,12 @@ def accumulator(dtype):
 
 def extra(what, V, D, dtype=torch.float32, P=4, Q=3, K=6, rank=None):
     """What an op needs beyond index and grad."""
-    if what == "sketch":
+    if what == "embedding_sketch":
         return (
             None if P is None else torch.randn(V, P, dtype=dtype),
             None if Q is None else torch.randn(D, Q, dtype=dtype),
         )
-    if what == "dot":
+    if what == "embedding_dot":
         lead = (K,) if rank is None else (K, rank)
         return torch.randn(*lead, V, dtype=dtype), torch.randn(*lead, D, dtype=dtype)
     return ()
@@ -54,13 +54,13 @@ def from_grads(what, G, *more):
     """The op's results from stored per-example gradients [B, V, D]."""
     more = [None if m is None else m.to(G.dtype) for m in more]
     flat = G.flatten(1)
-    if what == "sqnorm":
+    if what == "embedding_sqnorm":
         return (flat.square().sum(1),)
-    if what == "gram":
+    if what == "embedding_gram":
         return (flat @ flat.mT,)
-    if what == "moments":
+    if what == "embedding_moments":
         return G.sum(0), G.square().sum(0)
-    if what == "sketch":
+    if what == "embedding_sketch":
         left, right = more
         out = G if left is None else left.mT @ G
         return (out if right is None else out @ right,)
@@ -69,7 +69,7 @@ def from_grads(what, G, *more):
 
 
 def run(what, index, grad, *more, **options):
-    out = getattr(gf.ops, f"embedding_{what}")(index, grad, *more, **options)
+    out = getattr(gf.ops, what)(index, grad, *more, **options)
     return out if isinstance(out, tuple) else (out,)
 
 
@@ -118,19 +118,19 @@ def test_int32_indices_give_the_same_bits(backend, what):
 @pytest.mark.parametrize("P, Q", [(None, 3), (4, None), (None, None), (67, 35)])
 def test_sketch_sides(backend, dtype, P, Q):
     index, grad = case(5, (9,), 8, 70, dtype)
-    assert_matches("sketch", index, grad, extra("sketch", 8, 70, accumulator(dtype), P, Q), 8, 2)
+    assert_matches("embedding_sketch", index, grad, extra("embedding_sketch", 8, 70, accumulator(dtype), P, Q), 8, 2)
 
 
 @pytest.mark.parametrize("K, rank", [(1, 1), (5, 3), (70, 2), (6, 0), (0, None)])
 def test_dot_centres_with_a_rank(backend, K, rank):
     index, grad = case(5, (9,), 8, 20)
-    assert_matches("dot", index, grad, extra("dot", 8, 20, K=K, rank=rank), 8)
+    assert_matches("embedding_dot", index, grad, extra("embedding_dot", 8, 20, K=K, rank=rank), 8)
 
 
 @pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
 def test_matrices_in_the_gradients_half_type(backend, half):
     index, grad = case(3, (4,), 12, 8, half)
-    for what in ("sketch", "dot"):
+    for what in ("embedding_sketch", "embedding_dot"):
         more = [m.to(half) for m in extra(what, 12, 8)]
         (same,) = run(what, index, grad, *(m.float() for m in more), num_embeddings=12)
         assert torch.equal(run(what, index, grad, *more, num_embeddings=12)[0], same)
@@ -160,7 +160,7 @@ def test_nan_stays_in_its_own_example(backend, what, T):
     grad[1, 0, 3], grad[4, -1, 0] = float("nan"), float("inf")
     found = run(what, index, grad, *more, num_embeddings=6)
     others = [0, 2, 3, 5, 6, 7, 8]
-    if what == "moments":
+    if what == "embedding_moments":
         touched = torch.zeros(6, 9, dtype=torch.bool)
         touched[index[1, 0], 3] = touched[index[4, -1], 0] = True
         for out, same in zip(found, clean):
@@ -168,7 +168,7 @@ def test_nan_stays_in_its_own_example(backend, what, T):
         return
     (out,), (same,) = found, clean
     assert not out[1].isfinite().all() and not out[4].isfinite().all()
-    if what == "gram":
+    if what == "embedding_gram":
         assert out[1, 1].isnan() and not out[4, 4].isfinite()
         out, same = out[:, others], same[:, others]
     assert torch.equal(out[others], same[others])
@@ -209,7 +209,7 @@ def test_same_bits_every_time_and_on_any_number_of_threads(backend, what):
         torch.set_num_threads(threads)
 
 
-@pytest.mark.parametrize("what", ["sqnorm", "gram"])
+@pytest.mark.parametrize("what", ["embedding_sqnorm", "embedding_gram"])
 @pytest.mark.parametrize("V", [5_000_000, 2**62])
 def test_nothing_is_as_large_as_the_table(backend, what, V):
     index = torch.tensor([[0, V - 1, 3], [V - 1, 3, 3], [7, V - 2, V - 3]])
@@ -272,19 +272,44 @@ def test_wrong_arguments_are_named(backend, what, index, grad, options, error, m
 @pytest.mark.parametrize(
     "what, more, error, message",
     [
-        ("sketch", (torch.ones(3, 2), None), ValueError, r"left must be \[4, P\] \(num_embeddings\), got \[3, 2\]"),
-        ("sketch", (None, torch.ones(4, 2)), ValueError, r"right must be \[3, Q\] \(grad's features\), got \[4, 2\]"),
         (
-            "sketch",
+            "embedding_sketch",
+            (torch.ones(3, 2), None),
+            ValueError,
+            r"left must be \[4, P\] \(num_embeddings\), got \[3, 2\]",
+        ),
+        (
+            "embedding_sketch",
+            (None, torch.ones(4, 2)),
+            ValueError,
+            r"right must be \[3, Q\] \(grad's features\), got \[4, 2\]",
+        ),
+        (
+            "embedding_sketch",
             (torch.ones(4, 2).double(), None),
             TypeError,
             "left must be torch.float32 for torch.float32 factors",
         ),
-        ("sketch", (None, torch.ones(3, 2, device="meta")), ValueError, "right must be on cpu like grad, got meta"),
-        ("dot", (torch.ones(5, 3), torch.ones(5, 3)), ValueError, r"center_index must be \[K, 4\] or \[K, r, 4\]"),
-        ("dot", (torch.ones(5, 4), torch.ones(6, 3)), ValueError, r"center_grad must be \[5, 3\].*got \[6, 3\]"),
-        ("dot", (torch.ones(5, 2, 4), torch.ones(5, 3)), ValueError, r"center_grad must be \[5, 2, 3\]"),
-        ("dot", (torch.ones(5, 4), torch.ones(5, 3).half()), TypeError, "center_grad must be torch.float32"),
+        (
+            "embedding_sketch",
+            (None, torch.ones(3, 2, device="meta")),
+            ValueError,
+            "right must be on cpu like grad, got meta",
+        ),
+        (
+            "embedding_dot",
+            (torch.ones(5, 3), torch.ones(5, 3)),
+            ValueError,
+            r"center_index must be \[K, 4\] or \[K, r, 4\]",
+        ),
+        (
+            "embedding_dot",
+            (torch.ones(5, 4), torch.ones(6, 3)),
+            ValueError,
+            r"center_grad must be \[5, 3\].*got \[6, 3\]",
+        ),
+        ("embedding_dot", (torch.ones(5, 2, 4), torch.ones(5, 3)), ValueError, r"center_grad must be \[5, 2, 3\]"),
+        ("embedding_dot", (torch.ones(5, 4), torch.ones(5, 3).half()), TypeError, "center_grad must be torch.float32"),
     ],
 )
 def test_wrong_matrices_are_named(backend, what, more, error, message):
@@ -301,7 +326,7 @@ def test_backward_raises(backend, what):
 
 @pytest.mark.parametrize("what", OPS)
 def test_opcheck(what):
-    op = getattr(torch.ops.gradclust_fast, f"embedding_{what}").default
+    op = getattr(torch.ops.gradclust_fast, what).default
     torch.library.opcheck(op, (INDEX, GRAD, *extra(what, 4, 3), 4, -1))
 
 
@@ -311,8 +336,8 @@ def test_opcheck_of_identity_sides():
 
 @pytest.mark.parametrize("what", OPS)
 def test_explain_names_the_route(what):
-    chosen = gf.explain(f"embedding_{what}", INDEX, GRAD, *extra(what, 3, 3), num_embeddings=3, padding_idx=0)
+    chosen = gf.explain(what, INDEX, GRAD, *extra(what, 3, 3), num_embeddings=3, padding_idx=0)
     with gf.backend("reference"):
-        forced = gf.explain(getattr(gf.ops, f"embedding_{what}"), INDEX, GRAD, *extra(what, 3, 3), num_embeddings=3)
+        forced = gf.explain(getattr(gf.ops, what), INDEX, GRAD, *extra(what, 3, 3), num_embeddings=3)
     assert forced.backend == "reference"
     assert chosen.backend == ("cpu" if "cpu" not in chosen.others else "reference") and chosen.route

@@ -157,11 +157,19 @@ def test_sparse_embedding_gradients():
     assert_matches(rec, one_at_a_time(dense, lambda m: F.cross_entropy(m(index), y, reduction="none")))
 
 
-def test_embedding_sketches_match_its_linear_form():
+@pytest.mark.parametrize("padding", [None, 2, "one of two uses"])
+def test_embedding_factors_match_their_linear_form(padding):
     from gradclust_fast.layers import EmbeddingFactors
 
-    factors = EmbeddingFactors(torch.randint(0, 9, (5, 7)), torch.randn(5, 7, 4), torch.Size((9, 4)))
+    def use(padding):
+        return EmbeddingFactors(torch.randint(0, 9, (5, 7)), torch.randn(5, 7, 4), torch.Size((9, 4)), padding)
+
+    factors = use(2).concat(use(None)) if isinstance(padding, str) else use(padding)
     plain = factors.linear()
+    torch.testing.assert_close(factors.sqnorm(), plain.sqnorm(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(factors.gram(), plain.gram(), rtol=1e-4, atol=1e-5)
+    for moment, expected in zip(factors.moments(), plain.moments()):
+        torch.testing.assert_close(moment, expected, rtol=1e-4, atol=1e-5)
     left, right = torch.randn(9, 3), torch.randn(4, 2)
     for sides in ((left, right), (left, None), (None, right), (None, None)):
         torch.testing.assert_close(factors.sketch(*sides), plain.sketch(*sides), rtol=1e-4, atol=1e-5)
@@ -170,7 +178,7 @@ def test_embedding_sketches_match_its_linear_form():
         torch.testing.assert_close(factors.dot(*centres), plain.dot(*centres), rtol=1e-4, atol=1e-5)
     a, d = factors.rank1()
     torch.testing.assert_close(d.sum(1), torch.ones(5))
-    torch.testing.assert_close(a, factors.grad.sum(1))
+    torch.testing.assert_close(a, plain.act.sum(1))
 
 
 def test_scale_grad_by_freq_is_refused_with_its_name():

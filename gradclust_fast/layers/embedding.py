@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +13,10 @@ from .linear import LinearFactors
 
 
 class EmbeddingFactors(Factors):
-    """index [B, T] and grad [B, T, D] of a table [V, D]; positions with the padding index carry a zero gradient."""
+    """index [B, T] and grad [B, T, D] of a table [V, D]; positions with the index ``padding`` have no gradient."""
 
-    def __init__(self, index: torch.Tensor, grad: torch.Tensor, shape: torch.Size) -> None:
-        self.index, self.grad, self.shape = index, grad, shape
+    def __init__(self, index: torch.Tensor, grad: torch.Tensor, shape: torch.Size, padding: int | None = None) -> None:
+        self.index, self.grad, self.shape, self.padding = index, grad, shape, padding
 
     @property
     def B(self) -> int:
@@ -30,54 +30,32 @@ class EmbeddingFactors(Factors):
     def dtype(self) -> torch.dtype:
         return self.grad.dtype
 
-    def _rows(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """The non-zero rows of all G_b: (example [U], table row [U], row's gradient [U, D]), ordered by example."""
-        V, D = self.shape
-        examples = torch.arange(self.B, device=self.device).unsqueeze(1)
-        keys, segment = torch.unique(examples * V + self.index, return_inverse=True)
-        values = self.grad.to(accumulator(self.dtype)).reshape(-1, D)
-        total = values.new_zeros(keys.numel(), D)  # [U, D]
-        return keys // V, keys % V, _add_rows(total, segment.flatten(), values)
+    def _run(self, name: str, *matrices: torch.Tensor | None) -> Any:
+        return run_op(name, self.index, self.grad, *matrices, self.shape[0], self.padding)
+
+    def _side(self, side: torch.Tensor | None) -> torch.Tensor | None:
+        return None if side is None else side.to(accumulator(self.dtype))
+
+    def _masked(self) -> torch.Tensor:
+        """grad with zeros where the index is the padding."""
+        return (
+            self.grad if self.padding is None else self.grad.masked_fill((self.index == self.padding).unsqueeze(2), 0)
+        )
 
     def sqnorm(self) -> torch.Tensor:
-        example, _, values = self._rows()
-        return _add_rows(values.new_zeros(self.B), example, values.square().sum(1))
+        return self._run("embedding_sqnorm")
 
     def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
-        if left is None:
-            example, row, values = self._rows()
-            values = values if right is None else values @ right.to(values.dtype)
-            out = values.new_zeros(self.B * self.shape[0], values.shape[1])
-            out[example * self.shape[0] + row] = values
-            return out.reshape(self.B, self.shape[0], values.shape[1])
-        dtype = accumulator(self.dtype)
-        return run_op("grad_sketch", self.grad.to(dtype), left.to(dtype)[self.index], None, right, False)
+        return self._run("embedding_sketch", self._side(left), self._side(right))
 
     def dot(self, center_rows: torch.Tensor, center_cols: torch.Tensor) -> torch.Tensor:
-        example, row, values = self._rows()
-        K = center_rows.shape[0]
-        rows, cols = (c.to(values.dtype).reshape(K, -1, c.shape[-1]) for c in (center_rows, center_cols))
-        out = values.new_zeros(self.B, K)
-        for r in range(rows.shape[1]):  # [U, K] a rank
-            out = _add_rows(out, example, rows[:, r, row].mT * (values @ cols[:, r].mT))
-        return out
+        return self._run("embedding_dot", self._side(center_rows), self._side(center_cols))
 
     def gram(self) -> torch.Tensor:
-        example, row, values = self._rows()
-        used, compact = torch.unique(row, return_inverse=True)
-        table = values.new_zeros(used.numel(), self.shape[1])
-        out = values.new_zeros(self.B, self.B)
-        for b in range(self.B):
-            mine = example == b
-            table[compact[mine]] = values[mine]
-            out[b] = _add_rows(out.new_zeros(self.B), example, (values * table[compact]).sum(1))
-            table[compact[mine]] = 0
-        return out
+        return self._run("embedding_gram")
 
     def moments(self) -> tuple[torch.Tensor, torch.Tensor]:
-        _, row, values = self._rows()
-        first, second = (values.new_zeros(self.shape) for _ in range(2))  # [V, D] each
-        return _add_rows(first, row, values), _add_rows(second, row, values.square())
+        return self._run("embedding_moments")
 
     def rank1(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The table's rows play the input's part, so they are averaged; the gradients are summed."""
@@ -85,26 +63,22 @@ class EmbeddingFactors(Factors):
         T = max(1, self.index.shape[1])
         counts = torch.zeros(self.B, self.shape[0], dtype=dtype, device=self.device)
         ones = torch.full_like(self.index, 1.0, dtype=dtype) / T
-        return self.grad.sum(1, dtype=dtype), counts.scatter_add_(1, self.index, ones)
+        return self._masked().sum(1, dtype=dtype), counts.scatter_add_(1, self.index, ones)
 
     def negated(self) -> EmbeddingFactors:
-        return EmbeddingFactors(self.index, -self.grad, self.shape)
+        return EmbeddingFactors(self.index, -self.grad, self.shape, self.padding)
 
     def linear(self) -> LinearFactors:
         onehot = torch.zeros(*self.index.shape, self.shape[0], dtype=self.dtype, device=self.device)  # [B, T, V]
-        return LinearFactors(self.grad, onehot.scatter_(2, self.index.unsqueeze(2), 1), self.shape)
+        return LinearFactors(self._masked(), onehot.scatter_(2, self.index.unsqueeze(2), 1), self.shape)
 
     def _concat(self, other: EmbeddingFactors) -> EmbeddingFactors:
         dtype = torch.promote_types(self.dtype, other.dtype)
-        grad = torch.cat([self.grad.to(dtype), other.grad.to(dtype)], 1)
-        return EmbeddingFactors(torch.cat([self.index, other.index], 1), grad, self.shape)
-
-
-def _add_rows(out: torch.Tensor, index: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """``out[index] += values`` with the same bits every time: index_add_ on a GPU uses atomics, index_put_ sorts."""
-    if out.device.type == "cpu":
-        return out.index_add_(0, index, values)
-    return out.index_put_((index,), values, accumulate=True)
+        same = self.padding == other.padding
+        parts = [factors.grad if same else factors._masked() for factors in (self, other)]
+        grad = torch.cat([part.to(dtype) for part in parts], 1)
+        padding = self.padding if same else None
+        return EmbeddingFactors(torch.cat([self.index, other.index], 1), grad, self.shape, padding)
 
 
 class EmbeddingCall(Call):
@@ -145,9 +119,7 @@ class EmbeddingCall(Call):
         index, rows = layout.rows(self.held.long(), 0), layout.rows(grad)  # [B, *], [B, *, D]
         T = index.shape[1:].numel()
         index, rows = index.reshape(index.shape[0], T), rows.reshape(rows.shape[0], T, rows.shape[-1])
-        if self.padding is not None:
-            rows = rows.masked_fill((index == self.padding).unsqueeze(2), 0)
-        return EmbeddingFactors(index, rows, self.shape)
+        return EmbeddingFactors(index, rows, self.shape, self.padding)
 
 
 class EmbeddingBagCall(Call):
