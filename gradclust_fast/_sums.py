@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -20,28 +19,6 @@ from .selection import Parameters, select
 from .watching import Watch
 
 PerParameter = dict[str, Tensor]
-
-
-def _mapped(factors: Factors, change: Callable[[Tensor], Tensor]) -> Factors:
-    """A copy with every tensor of the factors replaced."""
-    out = copy.copy(factors)
-    for name, value in vars(factors).items():
-        if isinstance(value, Tensor):
-            setattr(out, name, change(value))
-    return out
-
-
-def widened(factors: Factors) -> Factors:
-    """The same factors in float64: Σ g∘g − (Σ g)²/N cancels, and float32 products would decide the difference."""
-    return _mapped(factors, lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
-
-
-def rows_of(factors: Factors, start: int, end: int) -> Factors:
-    """The factors of examples start..end−1."""
-    part = _mapped(factors, lambda tensor: tensor[start:end])
-    if end - start != part.B:
-        raise NotImplementedError(f"{type(factors).__name__} cannot be cut into examples")
-    return part
 
 
 def difference_moments(factors: Factors, other: Factors) -> tuple[Tensor, Tensor]:
@@ -110,7 +87,7 @@ class GroupedSums(Sums):
         edges = [0, *((labels[1:] != labels[:-1]).nonzero().flatten() + 1).tolist(), len(labels)]
         for start, end in pairwise(edges):
             stratum = int(labels[start])
-            first, second = checked_moments(name, rows_of(factors, start, end), index[start:end])
+            first, second = checked_moments(name, factors.part(start, end), index[start:end])
             running = self._open.get(name)
             if running is not None and running[0] == stratum:
                 first, second = running[1].add_(first), running[2].add_(second)
@@ -172,7 +149,7 @@ class Difference:
         self.index = torch.zeros(0, dtype=torch.int64)
 
     def consume(self, name: str, factors: Factors) -> None:
-        factors = widened(factors)
+        factors = factors.double()
         own = self.kept.pop(name, None)
         if own is None:  # the current model's loss did not reach this parameter
             own = factors.subtract(factors)
@@ -206,7 +183,7 @@ def stream(
     kept: dict[str, Factors] = {}
 
     def consume(name: str, factors: Factors) -> None:
-        factors = widened(factors)
+        factors = factors.double()  # Σ g∘g − (Σ g)²/N cancels, and float32 products would decide the difference
         sums.consume(name, factors, index)
         if differences:
             kept[name] = factors

@@ -7,7 +7,7 @@ import io
 import os
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, SupportsIndex, overload
 
 from ._files import write_atomically
 from .monte_carlo import MonteCarlo
@@ -62,9 +62,13 @@ class EstimatorReport:
     def __iter__(self) -> Iterator[EstimatorRow]:
         return iter(self.rows)
 
-    def __getitem__(self, key: int | str) -> EstimatorRow:
-        """The row at a position, or the first one of a name."""
-        if isinstance(key, int):
+    @overload
+    def __getitem__(self, key: SupportsIndex | str) -> EstimatorRow: ...
+    @overload
+    def __getitem__(self, key: slice) -> list[EstimatorRow]: ...
+    def __getitem__(self, key: SupportsIndex | str | slice) -> EstimatorRow | list[EstimatorRow]:
+        """The row at a position, the first one of a name, or the rows of a slice."""
+        if not isinstance(key, str):
             return self.rows[key]
         for row in self.rows:
             if row.name == key:

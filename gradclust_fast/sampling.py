@@ -174,7 +174,8 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         """The weight of every drawn example's loss: ``B·N_k/(N·m_k)`` with B the global batch, or ``B·N_k/(N·π_k)``.
 
         Args:
-            index: data-set indices of any shape and on any device, as the loader yields them.
+            index: data-set indices of any shape and on any device, as the loader yields them. They are checked, so a
+                call on a GPU's index waits for it: on the loader's own index, before it is moved, it does not.
 
         Returns:
             A tensor of index's shape on its device, in torch's default dtype; 1 in expectation over a batch.
@@ -190,8 +191,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             weight = torch.from_numpy(self._plan.weight).to(index.device, torch.get_default_dtype())
             self._tables[index.device] = weight, self.strata.labels.to(index.device)
         weight, labels = self._tables[index.device]
-        if index.device.type == "cpu" and index.numel():  # elsewhere a check would wait for the device
-            low, high = int(index.min()), int(index.max())
+        capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing can wait for the device then
+        if index.numel() and not capturing:
+            low, high = (int(bound) for bound in torch.aminmax(index))
             if low < 0 or high >= len(labels):
                 raise IndexError(
                     f"index {low if low < 0 else high} is outside the {len(labels)} examples of the strata; pass the "

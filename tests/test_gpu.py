@@ -248,3 +248,11 @@ def test_recording_gives_the_rows_of_the_cpu():
 
     for found, expected in zip(rows(DEVICE), rows("cpu")):
         torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-12)
+
+
+@on_device
+def test_weights_name_an_index_outside_the_strata():
+    sampler = gf.StratifiedBatchSampler(gf.Strata([0, 0, 0, 1], 2), 2)
+    assert sampler.weights(torch.tensor([0, 3], device=DEVICE)).tolist() == [1.5, 0.5]
+    with pytest.raises(IndexError, match="index 4 is outside the 4 examples"):
+        sampler.weights(torch.tensor([0, 4], device=DEVICE))

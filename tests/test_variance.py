@@ -3,6 +3,7 @@ from __future__ import annotations
 import copy
 import csv
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -235,6 +236,31 @@ def test_strata_of_duplicates_have_no_variance(dtype):
     assert abs(report[1].variance) <= 1e-12 * report.stats.variance
 
 
+class RightOf(nn.Module):
+    """``x @ W``: the factors of W are those of a linear layer, turned."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 5, bias=False), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.head(torch.tanh(x @ self.inner.weight))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_products_with_a_weight_are_cut_by_stratum_and_measured_in_float64(dtype):
+    torch.manual_seed(4)
+    model = RightOf().to(dtype)
+    x = torch.randn(12, 5, dtype=dtype)
+    data = TensorDataset(x, torch.randint(0, 3, (12,)))
+    labels = torch.arange(12) % 3
+    report = gf.compare_estimators(model, data, loss_fn, [gf.Stratified(gf.Strata(labels, 3))])
+    G = gradients(model, data)
+    scatter = sum(float((G[labels == k] - G[labels == k].mean(0)).square().sum()) for k in range(3))
+    rel = 1e-12 if dtype == torch.float64 else 1e-5
+    assert report[0].variance == pytest.approx(4 * scatter / 12**2, rel=rel)  # J/N² with N_k = 4
+
+
 # --- SVRG
 
 
@@ -360,6 +386,7 @@ def test_report_prints_indexes_and_writes(tmp_path):
     text = str(report)
     assert "Uniform(4)" in text and "±" in text and "comes from drawing strata" in text
     assert report["twice"] is report[1] and len(report) == 3
+    assert report[0:2] == [report[0], report[1]] and report[-1:] == [report[2]] and report[np.int64(1)] is report[1]
     with pytest.raises(KeyError, match="no estimator 'x'; there are Uniform"):
         report["x"]
     report.to_csv(tmp_path / "report.csv")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -83,6 +84,30 @@ class Factors(ABC):
     @abstractmethod
     def linear(self) -> Factors:
         """The same gradients as factors of a plain linear layer, or as dense ones where that is smaller."""
+
+    def double(self) -> Factors:
+        """The same factors in float64."""
+        return self._each(lambda tensor: tensor.double() if tensor.is_floating_point() else tensor)
+
+    def part(self, start: int, end: int) -> Factors:
+        """The factors of examples start..end−1."""
+        part = self._each(lambda tensor: tensor[start:end])
+        if end - start != part.B:
+            raise NotImplementedError(
+                f"{type(self).__name__} cannot be cut into examples: every tensor among its attributes must have them "
+                f"in its first dimension"
+            )
+        return part
+
+    def _each(self, change: Callable[[torch.Tensor], torch.Tensor]) -> Factors:
+        """A copy with every tensor changed, those of factors inside included."""
+        out = copy.copy(self)
+        for name, value in vars(self).items():
+            if isinstance(value, torch.Tensor):
+                setattr(out, name, change(value))
+            elif isinstance(value, Factors):
+                setattr(out, name, value._each(change))
+        return out
 
     @abstractmethod
     def _concat(self, other: Any) -> Factors | None:
