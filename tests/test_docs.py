@@ -73,7 +73,7 @@ def names():
         "dataset": TensorDataset(torch.randn(512, 6), torch.randint(0, 3, (512,))),
         "act": torch.randn(4, 9, 5),
         "grad": torch.randn(4, 9, 7),
-        "index": torch.randint(50_000, (4, 9)),
+        "tokens": torch.randint(50_000, (4, 9)),
         "image": torch.randn(4, 3, 8, 8),
         "points": torch.randn(50, 4),
         "centers": torch.randn(6, 4),
