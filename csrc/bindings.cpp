@@ -1,9 +1,8 @@
-// The only pybind11 file: raw addresses in, nothing allocated, the GIL released while kernels run.
+// The module and its C++ kernels: raw addresses in, nothing allocated, the GIL released while kernels run.
 // Shapes, dtypes and devices were checked in gradclust_fast/ops before a call gets here.
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
 
-#include <array>
 #include <cstdlib>
 #include <cstring>
 #include <stdexcept>
@@ -17,9 +16,14 @@
 #include "grad_moments.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
+#include "tuples.h"
 
 namespace py = pybind11;
 using namespace gradclust;
+
+#if defined(GRADCLUST_HAVE_CUDA)
+void bind_cuda(py::module_& m);  // bindings_cuda.cpp
+#endif
 
 namespace {
 
@@ -64,35 +68,6 @@ const char* isa_name() {
 #define PICK(launcher) (&baseline::launcher)
 #endif
 
-template <typename T = void> T* pointer(uintptr_t address) { return reinterpret_cast<T*>(address); }
-
-// (act, grad, dtype, B, T, I, O, act_stride_b, act_stride_t, grad_stride_b, grad_stride_t, bias)
-using LinearTuple = std::array<int64_t, 12>;
-
-LinearFactors linear(const LinearTuple& t) {
-  return {pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8], t[9],
-          t[10], t[11] != 0};
-}
-
-// (act, grad, dtype, B, C, O, groups, bias, size, out, kernel, stride, pad, dilation: 3 each, act and grad strides: 5)
-using ConvTuple = std::array<int64_t, 36>;
-
-ConvFactors conv(const ConvTuple& t) {
-  ConvFactors f{pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7] != 0,
-                {}, {}, {}, {}, {}, {}, {}, {}};
-  int64_t* const triples[] = {f.size, f.out, f.kernel, f.stride, f.pad, f.dilation};
-  const int64_t* next = t.data() + 8;
-  for (int64_t* triple : triples)
-    for (int i = 0; i < 3; ++i) triple[i] = *next++;
-  for (int64_t* strides : {f.act_stride, f.grad_stride})
-    for (int i = 0; i < 5; ++i) strides[i] = *next++;
-  return f;
-}
-
-[[maybe_unused]] void raise_if(const char* error) {
-  if (error) throw std::runtime_error(std::string("CUDA kernel failed: ") + error);
-}
-
 using nogil = py::call_guard<py::gil_scoped_release>;
 
 void bind_linear(py::module_& m) {
@@ -111,17 +86,7 @@ void bind_linear(py::module_& m) {
     Questions questions{at(0), q[1] != 0, at(2), at(3), at(4), q[5], q[6], at(7), at(8), at(9), q[10], q[11]};
     PICK(grad_quantities_cpu)(linear(f), questions, threads);
   }, nogil());
-#if defined(GRADCLUST_HAVE_CUDA)
-  m.def("grad_sqnorm_cuda", [](const LinearTuple& f, uintptr_t out, uintptr_t stream) {
-    raise_if(grad_sqnorm_cuda(linear(f), pointer(out), pointer(stream)));
-  }, nogil());
-#endif
 }
-
-// (data, dtype, N, R, stride)
-using RowsTuple = std::array<int64_t, 5>;
-
-Rows rows(const RowsTuple& t) { return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4]}; }
 
 // The functions with a workspace return its size in bytes and do nothing else while it is 0.
 void bind_cluster(py::module_& m) {
@@ -215,4 +180,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cluster(m);
   bind_conv(m);
   bind_embedding(m);
+#if defined(GRADCLUST_HAVE_CUDA)
+  bind_cuda(m);
+#endif
 }

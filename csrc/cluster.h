@@ -1,5 +1,5 @@
 // Clustering of dense rows. Launchers; the kernels are in cpu/assign.cpp, cpu/assign_points.cpp, cpu/cluster_sums.cpp
-// and cpu/exact_moves.cpp. Workspaces are the caller's: with workspace = nullptr a launcher only writes to *bytes.
+// and cpu/exact_moves.cpp, and in cuda/cluster_sums.cu. Workspaces are the caller's: with workspace = nullptr a launcher only writes to *bytes.
 #pragma once
 #include "launch.h"
 #include "types.h"
@@ -24,6 +24,14 @@ GRADCLUST_CPU_LAUNCHER(assign_points_cpu, const Rows& points, const void* center
 // sums [K, R] in the accumulator's dtype, counts [K].
 GRADCLUST_CPU_LAUNCHER(cluster_sums_cpu, const Rows& points, const int64_t* labels, int64_t K, void* sums,
                        int64_t* counts, void* workspace, int64_t* bytes, int threads)
+
+// Rows of a cluster that one block adds up. The code of gradclust_fast/ops/cluster_sums.py:PIECE.
+constexpr int CLUSTER_PIECE = 256;
+
+// labels sorted [N], and the row numbers in that order [N]; workspaces begin [K + 1] and partial
+// [N / CLUSTER_PIECE + K, R]. Returns an error text, or nullptr.
+const char* cluster_sums_cuda(const Rows& points, const int32_t* sorted, const int64_t* order, int64_t K, int64_t* begin,
+                              int64_t* counts, double* partial, void* sums, void* stream);
 
 // center [R] float64, order [N]; labels [N] are moved in place. J [2] is J before and after; J[0] is not finite when the
 // points' squares are not, and then nothing was moved.

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ._arguments import integer
+from .ops import _random_signs
 
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123's constants of Philox4x32
@@ -55,7 +56,10 @@ def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
 
 
 def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, cols] of ±1: entry (r, c) is bit c % 32 of word c % 128 // 32 of Philox at counter (c // 128, r, 0, 0)."""
+    """[rows, cols] of ±1: entry (r, c) is bit c % 32 of word c % 128 // 32 of Philox at counter (c // 128, r, 0, 0).
+
+    The definition, in torch's operations; on a GPU :func:`scaled_signs` takes the same bits from one kernel.
+    """
     blocks = -(-cols // 128)
     block = torch.arange(blocks, device=device)
     counter = torch.zeros(4, rows, blocks, dtype=torch.int64, device=device)
@@ -63,6 +67,22 @@ def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, 
     words = philox4x32(counter, key).permute(1, 2, 0).flatten(1)[:, : -(-cols // 32)]  # [rows, ⌈cols/32⌉]
     bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1  # [rows, ⌈cols/32⌉, 32]
     return (1 - 2 * bits.flatten(1)[:, :cols]).to(dtype)
+
+
+def scaled_signs(
+    rows: int,
+    cols: int,
+    key: tuple[int, int],
+    scale: float,
+    dtype: torch.dtype,
+    device: torch.device,
+    transposed: bool = False,
+) -> Tensor:
+    """:func:`sign_matrix` times ``scale``, [rows, cols], or its contiguous transpose [cols, rows]."""
+    if _random_signs.refuses(dtype, device) is None:
+        return _random_signs.random_signs_cuda(rows, cols, key, dtype, device, scale, transposed)
+    signs = sign_matrix(rows, cols, key, dtype, device) * scale
+    return signs.T.contiguous() if transposed else signs
 
 
 def canonical_name(name: str) -> str:
@@ -168,14 +188,14 @@ class Sketch:
                 right = self._matrix(name, "right", cols, Q, dtype, device) if cols > Q else None
                 second = None
                 if self.reduce:  # rows of the generator are the outputs, so a longer sketch begins with a shorter one
-                    signs = sign_matrix(self.dim, P * Q, self._key(name, "second"), dtype, device)
-                    second = (signs * (1 / math.sqrt(self.dim))).T.contiguous()
+                    key2, scale = self._key(name, "second"), 1 / math.sqrt(self.dim)
+                    second = scaled_signs(self.dim, P * Q, key2, scale, dtype, device, transposed=True)
             self._cache[key] = left, right, second
         return self._cache[key]
 
     def _matrix(self, name: str, which: str, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
         # A product, not a quotient: devices divide by a scalar in different ways.
-        return sign_matrix(rows, cols, self._key(name, which), dtype, device) * (1 / math.sqrt(cols))
+        return scaled_signs(rows, cols, self._key(name, which), 1 / math.sqrt(cols), dtype, device)
 
     def _key(self, name: str, which: str) -> tuple[int, int]:
         digest = hashlib.blake2b(f"{self.seed}/{which}/{name}".encode(), digest_size=8).digest()

@@ -1,4 +1,4 @@
-// What every CUDA kernel includes first: element conversion and launch checks. No torch headers.
+// What every CUDA kernel includes first: element conversion, shared memory and launches. No torch headers.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -8,6 +8,13 @@
 #include <cstdio>
 
 #include "types.h"
+
+// The only shared memory that kernels use: its size is an argument of the launch.
+#if defined(GRADCLUST_ON_HOST)
+#define GRADCLUST_SHARED(name) unsigned char* name = emulator::shared_memory()
+#else
+#define GRADCLUST_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#endif
 
 namespace gradclust {
 
@@ -29,13 +36,38 @@ template <typename Fn> void dispatch(DType dtype, Fn&& fn) {
   }
 }
 
-// The error of the last launch as a text that names the kernel, or nullptr.
-inline const char* launch_error(const char* kernel, const char* shapes) {
-  cudaError_t error = cudaGetLastError();
-  if (error == cudaSuccess) return nullptr;
+// The sum over a warp, in every lane, added in a fixed order.
+template <typename T> __device__ T warp_sum(T x) {
+#pragma unroll
+  for (int step = 16; step; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
+  return x;
+}
+
+// A text that names the kernel and its sizes, valid until this thread's next error.
+inline const char* named_error(const char* kernel, const char* sizes, const char* error) {
   static thread_local char text[512];
-  snprintf(text, sizeof text, "%s (%s): %s", kernel, shapes, cudaGetErrorString(error));
+  snprintf(text, sizeof text, "%s (%s): %s", kernel, sizes, error);
   return text;
+}
+
+// Queues a kernel on a stream. Returns nullptr, or an error that names the kernel and its sizes.
+template <typename... Parameters, typename... Arguments>
+const char* launch(const char* name, const char* sizes, void (*kernel)(Parameters...), dim3 grid, unsigned threads,
+                   size_t shared_bytes, void* stream, Arguments... arguments) {
+#if defined(GRADCLUST_ON_HOST)
+  (void)stream;
+  const char* error = emulator::run(grid, threads, shared_bytes, [&] { kernel(arguments...); });
+  return error ? named_error(name, sizes, error) : nullptr;
+#else
+  cudaError_t error = cudaSuccess;
+  if (shared_bytes > 48 * 1024)
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(shared_bytes));
+  if (error == cudaSuccess) {
+    kernel<<<grid, threads, shared_bytes, static_cast<cudaStream_t>(stream)>>>(Parameters(arguments)...);
+    error = cudaGetLastError();
+  }
+  return error == cudaSuccess ? nullptr : named_error(name, sizes, cudaGetErrorString(error));
+#endif
 }
 
 }  // namespace gradclust

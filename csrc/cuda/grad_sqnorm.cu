@@ -29,9 +29,7 @@ __device__ acc_t<in_t> row_sqnorm(const in_t* __restrict__ row, int64_t n, int l
     done = count * WIDTH;
   }
   for (int64_t i = done + lane; i < n; i += 32) sum += load(row[i]) * load(row[i]);
-#pragma unroll
-  for (int step = 16; step; step /= 2) sum += __shfl_xor_sync(0xffffffffu, sum, step);
-  return sum;
+  return warp_sum(sum);
 }
 
 template <typename in_t>
@@ -58,15 +56,17 @@ const char* grad_sqnorm_cuda(const LinearFactors& f, void* out, void* stream) {
   if (f.B == 0) return nullptr;
   int64_t blocks = (f.B + WARPS - 1) / WARPS;
   if (blocks > 65535) blocks = 65535;
+  char sizes[96];
+  snprintf(sizes, sizeof sizes, "B=%lld, I=%lld, O=%lld", (long long)f.B, (long long)f.I, (long long)f.O);
+  const char* error = nullptr;
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
-    grad_sqnorm_rank1_kernel<in_t><<<unsigned(blocks), 32 * WARPS, 0, static_cast<cudaStream_t>(stream)>>>(
-        f, static_cast<acc_t<in_t>*>(out), rows_are_16_byte_aligned(f.act, f.act_stride_b, sizeof(in_t)),
-        rows_are_16_byte_aligned(f.grad, f.grad_stride_b, sizeof(in_t)));
+    error = launch("grad_sqnorm_rank1_kernel", sizes, grad_sqnorm_rank1_kernel<in_t>, unsigned(blocks), 32 * WARPS, 0,
+                   stream, f, static_cast<acc_t<in_t>*>(out),
+                   rows_are_16_byte_aligned(f.act, f.act_stride_b, sizeof(in_t)),
+                   rows_are_16_byte_aligned(f.grad, f.grad_stride_b, sizeof(in_t)));
   });
-  char shapes[96];
-  snprintf(shapes, sizeof shapes, "B=%lld, I=%lld, O=%lld", (long long)f.B, (long long)f.I, (long long)f.O);
-  return launch_error("grad_sqnorm_rank1_kernel", shapes);
+  return error;
 }
 
 }  // namespace gradclust

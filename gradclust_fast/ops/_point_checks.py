@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
+from . import _cuda
 from ._checks import FLOATS, accumulator, shape
 
 
@@ -54,8 +55,11 @@ def check_labels(labels: torch.Tensor, num_clusters: int, points: torch.Tensor) 
 
 
 def check_range(labels: torch.Tensor, num_clusters: int) -> None:
-    """Every label in [0, num_clusters)."""
+    """Every label in [0, num_clusters). While a CUDA graph is captured the graph's replays stop instead of raising."""
     if labels.numel() == 0:
+        return
+    if _cuda.capturing(labels):
+        torch._assert_async(((labels >= 0) & (labels < num_clusters)).all(), f"labels must lie in [0, {num_clusters})")
         return
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= num_clusters:

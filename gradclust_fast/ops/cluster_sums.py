@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator
 from ._point_checks import check_labels, check_points, check_range, cpu_refuses, threads_for, with_unit_stride
 
@@ -66,5 +67,32 @@ def cluster_sums_cpu(
     _native.with_workspace(
         _native._C.cluster_sums_cpu, _native.rows(points), labels.data_ptr(), num_clusters, sums.data_ptr(),
         counts.data_ptr(), threads=threads_for(points.numel()),
+    )  # fmt: skip
+    return sums, counts
+
+
+PIECE = 256  # csrc/cluster.h: CLUSTER_PIECE
+
+
+def _cuda_refuses(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> str | None:
+    if num_clusters + points.shape[0] // PIECE >= 2**31:
+        return f"the CUDA kernel takes fewer than 2³¹ clusters and pieces of {PIECE} rows"
+    return _cuda.refuses(points)
+
+
+@_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: f"rows sorted by cluster, pieces of {PIECE} rows")
+def cluster_sums_cuda(
+    points: torch.Tensor, labels: torch.Tensor, num_clusters: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_range(labels, num_clusters)
+    sums, counts = _fake(points, labels, num_clusters)
+    points = with_unit_stride(points)
+    N, R = points.shape
+    sorted_labels, order = labels.to(torch.int32).sort(stable=True)
+    begin = counts.new_empty(num_clusters + 1)  # [K + 1] each cluster's first place in the sorted order
+    partial = points.new_empty(N // PIECE + num_clusters, R, dtype=torch.float64)
+    _cuda.launch(
+        "cluster_sums_cuda", points.device, _native.rows(points), sorted_labels.data_ptr(), order.data_ptr(),
+        num_clusters, begin.data_ptr(), counts.data_ptr(), partial.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
     return sums, counts

@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator, as_rows, check_factors
 from ._linear import cpu_refuses, sequence_route
 from ._triton import triton_loses, triton_refuses
@@ -72,20 +73,16 @@ def grad_sqnorm_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.
 
 
 def _cuda_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
-    if act.device.type != "cuda":
-        return f"the CUDA kernel needs CUDA tensors, got {act.device}"
     if act.shape[1:-1].numel() != 1:
         return "the CUDA kernel handles one position (T = 1)"
-    return _native.cuda_unavailable()
+    return _cuda.refuses(act)
 
 
 @_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: "rank 1: ‖act‖²‖grad‖², one read of each")
 def grad_sqnorm_cuda(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     out = _fake(act, grad, bias)
     act, grad = as_rows(act), as_rows(grad)
-    with torch.cuda.device(act.device):
-        stream = torch.cuda.current_stream().cuda_stream
-        _native._C.grad_sqnorm_cuda(_native.linear(act, grad, bias), out.data_ptr(), stream)
+    _cuda.launch("grad_sqnorm_cuda", act.device, _native.linear(act, grad, bias), out.data_ptr())
     return out
 
 

@@ -1,0 +1,39 @@
+// The CUDA kernels' part of the module: like bindings.cpp, with a stream as the last argument.
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include <stdexcept>
+#include <string>
+
+#include "grad_sqnorm.h"
+#include "random_signs.h"
+#include "tuples.h"
+
+namespace py = pybind11;
+using namespace gradclust;
+
+namespace {
+
+void raise_if(const char* error) {
+  if (error) throw std::runtime_error(std::string("CUDA kernel failed: ") + error);
+}
+
+using nogil = py::call_guard<py::gil_scoped_release>;
+
+}  // namespace
+
+void bind_cuda(py::module_& m) {
+  m.def("grad_sqnorm_cuda", [](const LinearTuple& f, uintptr_t out, uintptr_t stream) {
+    raise_if(grad_sqnorm_cuda(linear(f), pointer(out), pointer(stream)));
+  }, nogil());
+  m.def("cluster_sums_cuda", [](const RowsTuple& points, uintptr_t sorted, uintptr_t order, int64_t K, uintptr_t begin,
+                                uintptr_t counts, uintptr_t partial, uintptr_t sums, uintptr_t stream) {
+    raise_if(cluster_sums_cuda(rows(points), pointer<int32_t>(sorted), pointer<int64_t>(order), K,
+                               pointer<int64_t>(begin), pointer<int64_t>(counts), pointer<double>(partial),
+                               pointer(sums), pointer(stream)));
+  }, nogil());
+  m.def("random_signs_cuda", [](uintptr_t out, int dtype, int64_t rows, int64_t cols, uint32_t key0, uint32_t key1,
+                                double scale, bool transposed, uintptr_t stream) {
+    raise_if(random_signs_cuda(pointer(out), DType(dtype), rows, cols, key0, key1, scale, transposed, pointer(stream)));
+  }, nogil());
+}

@@ -1,0 +1,211 @@
+// The fibers, their meetings and the asynchronous copies of emulator.h.
+#include "emulator.h"
+
+#include <algorithm>
+#include <csetjmp>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <vector>
+
+#include <ucontext.h>
+
+dim3 gridDim, blockDim;
+uint3 blockIdx, threadIdx;
+
+namespace emulator {
+namespace {
+
+constexpr size_t STACK = 1 << 17, CANARY = 64;
+
+struct Copy { void* target; const void* source; size_t bytes, zeros; };
+
+struct Fiber {
+  std::unique_ptr<char[]> stack{new char[STACK]};
+  ucontext_t start;
+  jmp_buf at;
+  bool begun = false, done = true;
+  const int64_t* waits_for = nullptr;  // until it reaches the value
+  int64_t value = 0;
+  int64_t collectives = 0;  // of this lane so far
+  std::vector<std::vector<Copy>> groups;
+  std::vector<Copy> open;
+};
+
+// Two meetings in turn: a lane can be one collective ahead of the slowest, never two.
+struct Meeting {
+  int64_t number = -1, finished = -1;
+  unsigned arrived = 0;
+  int kind = 0;
+  Lanes lanes;
+};
+struct Warp { Meeting meetings[2]; };
+
+std::vector<std::unique_ptr<Fiber>> fibers;
+std::vector<Warp> warps;
+std::vector<unsigned char> shared;
+Fiber* current = nullptr;
+unsigned num_threads = 0, at_barrier = 0, seed = 0;
+int64_t barriers = 0;
+jmp_buf scheduler;
+std::string failure;
+const std::function<void()>* body = nullptr;
+
+void leave() {
+  if (_setjmp(current->at) == 0) _longjmp(scheduler, 1);
+}
+
+void wait_until(const int64_t& counter, int64_t value) {
+  current->waits_for = &counter, current->value = value;
+  leave();
+}
+
+[[noreturn]] void fail(const std::string& what) {
+  failure = what + " (block " + std::to_string(blockIdx.x) + ", " + std::to_string(blockIdx.y) + ", thread " +
+            std::to_string(threadIdx.x) + ")";
+  _longjmp(scheduler, 1);
+}
+
+void fiber_main() {
+  for (;;) {
+    (*body)();
+    current->done = true;
+    leave();
+  }
+}
+
+void resume(Fiber& fiber) {
+  current = &fiber;
+  if (_setjmp(scheduler)) return;
+  if (fiber.begun) _longjmp(fiber.at, 1);
+  fiber.begun = true;
+  getcontext(&fiber.start);
+  fiber.start.uc_stack.ss_sp = fiber.stack.get();
+  fiber.start.uc_stack.ss_size = STACK;
+  fiber.start.uc_link = nullptr;
+  makecontext(&fiber.start, fiber_main, 0);
+  setcontext(&fiber.start);
+}
+
+template <typename T> void put_in_order(std::vector<T>& items, std::minstd_rand& random) {
+  if (seed == 1) std::reverse(items.begin(), items.end());
+  if (seed > 1) std::shuffle(items.begin(), items.end(), random);
+}
+
+void run_block(const std::vector<unsigned>& order) {
+  for (unsigned i = 0; i < num_threads; ++i) {
+    Fiber& fiber = *fibers[i];
+    fiber.done = false, fiber.waits_for = nullptr, fiber.collectives = 0;
+    fiber.groups.clear(), fiber.open.clear();
+  }
+  warps.assign(num_threads / 32, {});
+  at_barrier = 0, barriers = 0;
+  for (bool progress = true, left = true; left; ) {
+    progress = left = false;
+    for (unsigned i : order) {
+      Fiber& fiber = *fibers[i];
+      if (fiber.done) continue;
+      left = true;
+      if (fiber.waits_for && *fiber.waits_for < fiber.value) continue;
+      fiber.waits_for = nullptr;
+      threadIdx = {i, 0, 0};
+      resume(fiber);
+      if (!failure.empty()) return;
+      progress = true;
+    }
+    if (left && !progress) {
+      failure = "threads wait at a barrier or for their warp that others never reach";
+      return;
+    }
+  }
+}
+
+}  // namespace
+
+const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+  static std::mutex one_launch;
+  static thread_local std::string report;
+  std::lock_guard<std::mutex> lock(one_launch);
+  if (threads == 0 || threads % 32 || threads > 1024) return "the block is not of whole warps, at most 1024 threads";
+  if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return "invalid grid";
+  if (shared_bytes > 227 * 1024) return "more shared memory than a block can have";
+  std::minstd_rand random(seed);
+  gridDim = grid, blockDim = threads, num_threads = threads, body = &kernel;
+  while (fibers.size() < threads) fibers.emplace_back(new Fiber);
+  shared.resize(shared_bytes + 16 + CANARY);
+  std::vector<unsigned> order(threads);
+  for (unsigned i = 0; i < threads; ++i) order[i] = i;
+  put_in_order(order, random);
+  std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
+  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  put_in_order(blocks, random);
+  failure.clear();
+  for (uint64_t block : blocks) {
+    blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
+    memset(shared.data(), 0xff, shared.size());
+    run_block(order);
+    unsigned char* end = shared_memory() + shared_bytes;
+    for (size_t i = 0; failure.empty() && i < CANARY; ++i)
+      if (end[i] != 0xff) failure = "wrote past the end of its shared memory";
+    if (!failure.empty()) {
+      for (auto& fiber : fibers) fiber->begun = false;  // whatever was on their stacks is dropped
+      report = failure;
+      return report.c_str();
+    }
+  }
+  return nullptr;
+}
+
+void set_order(unsigned value) { seed = value; }
+
+unsigned char* shared_memory() {
+  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
+}
+
+unsigned lane() { return threadIdx.x % 32; }
+
+void barrier() {
+  if (++at_barrier < num_threads) return wait_until(barriers, barriers + 1);
+  at_barrier = 0;
+  ++barriers;
+}
+
+Lanes& meet(unsigned mask, int kind, const void* mine, size_t size) {
+  if (mask != ~0u) fail("a collective of part of a warp");
+  int64_t number = current->collectives++;
+  Meeting& meeting = warps[threadIdx.x / 32].meetings[number % 2];
+  if (meeting.number != number) meeting.number = number, meeting.arrived = 0, meeting.kind = kind;
+  if (meeting.kind != kind) fail("lanes of one warp meet in different collectives");
+  if (size) memcpy(meeting.lanes.bytes[lane()], mine, size);
+  meeting.arrived |= 1u << lane();
+  if (meeting.arrived == ~0u)
+    meeting.finished = number;
+  else
+    wait_until(meeting.finished, number);
+  return meeting.lanes;
+}
+
+void copy_later(void* target, const void* source, size_t bytes, size_t zeros) {
+  if (reinterpret_cast<uintptr_t>(target) % (bytes + zeros)) fail("a misaligned target of an asynchronous copy");
+  if (bytes && reinterpret_cast<uintptr_t>(source) % (bytes + zeros)) fail("a misaligned source of an asynchronous copy");
+  memset(target, 0xff, bytes + zeros);
+  current->open.push_back({target, source, bytes, zeros});
+}
+
+void close_group() {
+  current->groups.push_back(std::move(current->open));
+  current->open.clear();
+}
+
+void finish_groups(int but) {
+  while (current->groups.size() > size_t(but)) {
+    for (const Copy& copy : current->groups.front()) {
+      memcpy(copy.target, copy.source, copy.bytes);
+      memset(static_cast<char*>(copy.target) + copy.bytes, 0, copy.zeros);
+    }
+    current->groups.erase(current->groups.begin());
+  }
+}
+
+}  // namespace emulator
