@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import os
 
+import cuda_on_host
 import pytest
 import torch
 
@@ -22,18 +23,25 @@ def available_backends() -> list[str]:
         names.append("cpu")
     if _support.unavailable(torch.device("cpu")) is None:
         names.append("triton")
+    if cuda_on_host.unavailable() is None:
+        names.append("cuda")
     return names
 
 
 def pytest_collection_modifyitems(config, items):
-    """Leaves out what Triton refuses: ops without a Triton kernel, and float64."""
+    """Leaves out what Triton and CUDA refuse: ops without such a kernel; in Triton float64, in CUDA T > 1."""
 
     def refused(item):
         parameters = getattr(getattr(item, "callspec", None), "params", {})
-        if parameters.get("backend") != "triton":
+        backend = parameters.get("backend")
+        if backend not in ("triton", "cuda"):
             return False
         op = OPS.get(item.path.stem.removeprefix("test_"))
-        return op is None or "triton" not in op.kernels or parameters.get("dtype") == torch.float64
+        if backend == "cuda" and op is OPS["grad_sqnorm"]:
+            return True  # one position alone: test_cuda_on_host.py
+        return (
+            op is None or backend not in op.kernels or (backend, parameters.get("dtype")) == ("triton", torch.float64)
+        )
 
     dropped = [item for item in items if refused(item)]
     config.hook.pytest_deselected(items=dropped)
@@ -52,6 +60,14 @@ def poisoned_memory():
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def cuda_kernels_on_the_cpu(request, monkeypatch):
+    """Where a test's parameters name the backend "cuda": its kernels, compiled for the CPU (cuda_on_host)."""
+    parameters = getattr(getattr(request.node, "callspec", None), "params", {})
+    if any(value == "cuda" or (isinstance(value, tuple) and "cuda" in value) for value in parameters.values()):
+        cuda_on_host.emulated(monkeypatch)
 
 
 @pytest.fixture(params=available_backends())

@@ -13,6 +13,7 @@ import torch
 from tolerances import ATOL, assert_close_to_oracle
 
 import gradclust_fast as gf
+from gradclust_fast import sketching
 from gradclust_fast._dispatch import BACKENDS, OPS
 
 DEVICE = os.environ.get("GRADCLUST_TEST_DEVICE", "cuda")
@@ -202,6 +203,17 @@ def test_exact_moves_take_the_same_decisions_as_on_the_cpu(N, R, clusters):
             found = gf.ops.exact_moves(*args)
         assert torch.equal(found[0].cpu(), expected[0])
         torch.testing.assert_close(found[2].cpu(), expected[2], rtol=1e-9, atol=1e-9)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows, cols", [(0, 3), (1, 1), (5, 127), (300, 1000), (2000, 4096)])
+def test_random_signs_are_the_bits_of_the_cpu(rows, cols, dtype):
+    key, cpu = (0x12345678, 0x9ABCDEF0), torch.device("cpu")
+    expected = sketching.scaled_signs(rows, cols, key, 0.3, dtype, cpu)
+    for transposed in (False, True):
+        found = sketching.scaled_signs(rows, cols, key, 0.3, dtype, torch.device(DEVICE), transposed)
+        assert torch.equal(found.cpu(), expected.T if transposed else expected)
 
 
 @on_device

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the CPU by g++ over a small emulator, so that their results are tested without a GPU.
 
-``emulated(monkeypatch)`` sends every op's CUDA kernel to that build: with ``gf.backend("cuda")`` in force the sources of
-``csrc/cuda`` then run on CPU tensors. The build takes some 20 seconds and is kept in ``build/`` by the sources' hash.
+``emulated(monkeypatch)`` sends every op's CUDA kernel to that build: with ``gf.backend("cuda")`` in force the sources
+of ``csrc/cuda`` then run on CPU tensors. The build takes some 20 seconds and is kept in ``build/`` by its sources' hash.
 """
 
 from __future__ import annotations

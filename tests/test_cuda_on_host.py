@@ -1,0 +1,110 @@
+"""What the emulator of CUDA must notice, and kernels whose op has no test file that runs on it.
+
+The test files of the other ops with CUDA kernels run them on the emulator as one backend more.
+"""
+
+from __future__ import annotations
+
+import cuda_on_host
+import pytest
+import torch
+from linear_cases import GRID, eager_grads, factors
+from oracle import linear_grads
+from tolerances import assert_close_to_oracle
+
+import gradclust_fast as gf
+from gradclust_fast import sketching
+from gradclust_fast.ops._random_signs import random_signs_cuda
+
+pytestmark = pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable()))
+FAULTS = ["none", "no_barrier", "no_wait", "overrun", "split_warp", "lone_barrier", "early_exit"]
+ORDERS = [0, 1, 2, 3]
+"""Threads and blocks ascending, descending, and two shuffles."""
+ONE_POSITION = [(case.values[0], *case.values[2:]) for case in GRID if case.values[1] in ((), (1,))]
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+    with gf.backend("cuda"):
+        yield cuda_on_host.emulated(monkeypatch)
+
+
+def reverse(emulator, fault: str, order: int) -> bool:
+    """Whether a kernel with this fault reverses 128 numbers."""
+    emulator.set_order(order)
+    values, out = torch.arange(128.0), torch.full((128,), float("nan"))
+    emulator.reverse(values.data_ptr(), out.data_ptr(), 128, FAULTS.index(fault))
+    return torch.equal(out, values.flip(0))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_the_right_kernel_is_right_in_every_order_of_threads(emulator, order):
+    assert reverse(emulator, "none", order)
+
+
+@pytest.mark.parametrize("fault", ["no_barrier", "no_wait"])
+def test_what_was_not_waited_for_reads_as_nan(emulator, fault):
+    assert not any(reverse(emulator, fault, order) for order in ORDERS)
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("overrun", "wrote past the end of its shared memory"),
+        ("split_warp", "lanes of one warp meet in different collectives|others never reach"),
+        ("lone_barrier", "others never reach"),
+        ("early_exit", "others never reach"),
+    ],
+)
+def test_what_a_gpu_would_not_forgive_is_an_error_with_the_kernels_name(emulator, fault, message):
+    for order in ORDERS:
+        with pytest.raises(RuntimeError, match=rf"reverse_kernel \(test\): .*({message})"):
+            reverse(emulator, fault, order)
+        assert reverse(emulator, "none", order), "a failed launch must not spoil the next"
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(
+    "B, I, O", [(case.values[0], *case.values[2:]) for case in GRID if case.values[1] in ((), (1,))]
+)
+def test_grad_sqnorm_of_one_position(emulator, dtype, B, I, O, bias, order):
+    emulator.set_order(order)
+    act, grad = factors(B, (), I, O, dtype)
+    oracle = linear_grads(act, grad, bias).square().sum((1, 2))
+    eager = eager_grads(act, grad, bias).square().sum((1, 2))
+    assert_close_to_oracle(gf.ops.grad_sqnorm(act, grad, bias=bias), oracle, eager, dtype)
+    wide = torch.cat([act, act], 1)[:, : I + 3]  # rows that no 16-byte load may start at
+    assert_close_to_oracle(gf.ops.grad_sqnorm(wide[:, :I], grad, bias=bias), oracle, eager, dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("rows, cols", [(0, 3), (3, 0), (1, 1), (5, 127), (3, 128), (4, 132), (2, 1000), (300, 36)])
+def test_random_signs_are_the_definitions_bits(emulator, rows, cols, dtype):
+    key, scale = (0x12345678, 0x9ABCDEF0), 0.3
+    expected = sketching.sign_matrix(rows, cols, key, dtype, torch.device("cpu")) * scale
+    for order in ORDERS:
+        emulator.set_order(order)
+        for transposed in (False, True):
+            out = random_signs_cuda(rows, cols, key, dtype, torch.device("cpu"), scale, transposed)
+            assert torch.equal(out, expected.T if transposed else expected) and out.is_contiguous()
+
+
+def test_a_sketch_takes_its_matrices_from_the_kernel(emulator, monkeypatch):
+    found = gf.Sketch(dim=40, seed=3).matrices("layer.weight", (50, 70), torch.float32, torch.device("cpu"))
+    with gf.backend("reference"):
+        monkeypatch.setattr(sketching._random_signs, "random_signs_cuda", None)
+        expected = gf.Sketch(dim=40, seed=3).matrices("layer.weight", (50, 70), torch.float32, torch.device("cpu"))
+    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("R", [3, 8, 300])
+def test_cluster_sums_in_every_order_of_threads(emulator, dtype, order, R):
+    points, labels = torch.randn(700, R).to(dtype), torch.randint(0, 4, (700,)) * 2
+    with gf.backend("reference"):
+        expected = gf.ops.cluster_sums(points, labels, 8)
+    emulator.set_order(order)
+    sums, counts = gf.ops.cluster_sums(points, labels, 8)
+    torch.testing.assert_close(sums, expected[0], rtol=1e-6 if dtype != torch.float64 else 1e-13, atol=1e-5)
+    assert torch.equal(counts, expected[1])
