@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv_sqnorm.h"
 #include "grad_sqnorm.h"
 #include "random_signs.h"
 #include "tuples.h"
@@ -35,5 +36,11 @@ void bind_cuda(py::module_& m) {
   m.def("random_signs_cuda", [](uintptr_t out, int dtype, int64_t rows, int64_t cols, uint32_t key0, uint32_t key1,
                                 double scale, bool transposed, uintptr_t stream) {
     raise_if(random_signs_cuda(pointer(out), DType(dtype), rows, cols, key0, key1, scale, transposed, pointer(stream)));
+  }, nogil());
+  m.def("conv_sqnorm_cuda_partials", [](const ConvTuple& f, int route) {
+    return conv_sqnorm_cuda_partials(conv(f), ConvCudaRoute(route));
+  });
+  m.def("conv_sqnorm_cuda", [](const ConvTuple& f, int route, uintptr_t partial, uintptr_t out, uintptr_t stream) {
+    raise_if(conv_sqnorm_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(out), pointer(stream)));
   }, nogil());
 }

@@ -43,6 +43,19 @@ template <typename T> __device__ T warp_sum(T x) {
   return x;
 }
 
+// n / divisor for 0 ≤ n < 2³¹ by a multiplication.
+struct Divisor {
+  uint32_t divisor, factor;
+  int shift;
+
+  Divisor() : Divisor(1) {}
+  explicit Divisor(int64_t d) : divisor(uint32_t(d)), shift(31) {
+    while ((int64_t(1) << (shift - 31)) < d) ++shift;
+    factor = uint32_t(((uint64_t(1) << shift) + d - 1) / d);
+  }
+  __device__ int quotient(int n) const { return int(uint64_t(uint32_t(n)) * factor >> shift); }
+};
+
 // A text that names the kernel and its sizes, valid until this thread's next error.
 inline const char* named_error(const char* kernel, const char* sizes, const char* error) {
   static thread_local char text[512];

@@ -16,6 +16,11 @@ def refuses(main: torch.Tensor) -> str | None:
     return _native.cuda_unavailable()
 
 
+def native() -> Any:
+    """The native module, for what its launchers tell without a device."""
+    return _native._C
+
+
 def launch(name: str, device: torch.device, *args: Any) -> None:
     """Calls a native launcher with its device made current and that device's current stream as the last argument.
 
@@ -23,7 +28,7 @@ def launch(name: str, device: torch.device, *args: Any) -> None:
         RuntimeError: what CUDA reported, with the kernel's name and sizes.
     """
     with torch.cuda.device(device):
-        getattr(_native._C, name)(*args, torch.cuda.current_stream().cuda_stream)
+        getattr(native(), name)(*args, torch.cuda.current_stream().cuda_stream)
 
 
 def capturing(tensor: torch.Tensor) -> bool:

@@ -1,7 +1,7 @@
 """The CUDA kernels compiled for the CPU by g++ over a small emulator, so that their results are tested without a GPU.
 
 ``emulated(monkeypatch)`` sends every op's CUDA kernel to that build: with ``gf.backend("cuda")`` in force the sources
-of ``csrc/cuda`` then run on CPU tensors. The build takes some 20 seconds and is kept in ``build/`` by its sources' hash.
+of ``csrc/cuda`` then run on CPU tensors. The build takes some 20 seconds and is kept in ``build/``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ def unavailable() -> str | None:
 
 
 def sources() -> list[Path]:
-    return [*sorted((ROOT / "csrc" / "cuda").glob("*.cu")), ROOT / "csrc" / "bindings_cuda.cpp", *HERE.glob("*.cpp")]
+    return [HERE / "module.cpp", HERE / "emulator.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
 @lru_cache(maxsize=1)
@@ -53,7 +53,8 @@ def module() -> ModuleType:
     """Builds (or finds) and imports the emulated kernels."""
     import pybind11
 
-    headers = [*(ROOT / "csrc").glob("*.h"), *(ROOT / "csrc" / "cuda").glob("*.*h"), *HERE.glob("**/*.h")]
+    csrc = ROOT / "csrc"
+    headers = [*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), *HERE.glob("**/*.h"), csrc / "bindings_cuda.cpp"]
     digest = hashlib.sha256(" ".join([sys.version, *compiler(), *FLAGS]).encode())
     for path in sorted([*sources(), *headers]):
         digest.update(path.read_bytes())
@@ -100,6 +101,7 @@ def emulated(monkeypatch) -> ModuleType:
     def refuses(main: torch.Tensor) -> str | None:
         return None if main.device.type == "cpu" else f"the emulated kernel needs CPU tensors, got {main.device}"
 
+    monkeypatch.setattr(_cuda, "native", lambda: built)
     monkeypatch.setattr(_cuda, "launch", launch)
     monkeypatch.setattr(_cuda, "refuses", refuses)
     built.set_order(0)

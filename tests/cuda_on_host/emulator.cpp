@@ -129,7 +129,7 @@ const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::fun
   std::lock_guard<std::mutex> lock(one_launch);
   if (threads == 0 || threads % 32 || threads > 1024) return "the block is not of whole warps, at most 1024 threads";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return "invalid grid";
-  if (shared_bytes > 227 * 1024) return "more shared memory than a block can have";
+  if (shared_bytes > 99 * 1024) return "more shared memory than a block has on the smallest supported GPU";
   std::minstd_rand random(seed);
   gridDim = grid, blockDim = threads, num_threads = threads, body = &kernel;
   while (fibers.size() < threads) fibers.emplace_back(new Fiber);

@@ -3,6 +3,7 @@
 // missing barrier then reads what no thread has written yet: shared memory and the targets of asynchronous copies are
 // filled with NaN first. What a warp does together must be done by all of its lanes, or the launch fails and says so.
 #pragma once
+#include <algorithm>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
@@ -16,6 +17,7 @@
 #define __launch_bounds__(...)
 #define __align__(n) alignas(n)
 #define __restrict__ __restrict
+#define __grid_constant__
 
 struct dim3 {
   unsigned x, y, z;
@@ -26,6 +28,8 @@ struct alignas(16) uint4 { unsigned x, y, z, w; };
 struct alignas(16) float4 { float x, y, z, w; };
 struct alignas(8) uint2 { unsigned x, y; };
 struct alignas(16) double2 { double x, y; };
+using std::max;
+using std::min;
 inline float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 inline double2 make_double2(double x, double y) { return {x, y}; }
 

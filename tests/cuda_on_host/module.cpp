@@ -1,12 +1,7 @@
 // The CUDA kernels' bindings over the emulator, and a kernel with mistakes that the emulator must notice.
-#include <pybind11/pybind11.h>
-
-#include <stdexcept>
-
+#include "bindings_cuda.cpp"  // in one translation unit: pybind11's headers take longer to compile than all kernels
 #include "common.cuh"
 #include "ptx.h"
-
-void bind_cuda(pybind11::module_& m);  // csrc/bindings_cuda.cpp
 
 namespace {
 

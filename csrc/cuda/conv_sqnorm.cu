@@ -1,0 +1,218 @@
+// ‖G_b‖² of a convolution on CUDA devices.
+//
+// v1  A block per tile of G_b (conv_tiles.cuh) sums over all of an example's positions in registers, squares there and
+//     leaves one number; a second kernel adds an example's tiles in a fixed order. 2·T·I·O FLOP on tensor cores (bf16,
+//     fp16, tf32; float32 and float64 without). grad is read once per kernel row and 64 channels, the image once per
+//     kernel row, so both stay near the layer's own traffic; no patch and no G_b is stored. Not measured yet.
+// v1  Few channels a group: conv_correlate.cuh. Not measured yet.
+#include "conv_sqnorm.h"
+
+#include "conv_correlate.cuh"
+#include "conv_tiles.cuh"
+
+namespace gradclust {
+namespace {
+
+// The sum of squares over a block → *out.
+template <typename acc> __device__ void leave_block_sum(acc square, int warps, unsigned char* memory, acc* out) {
+  acc* sums = reinterpret_cast<acc*>(memory);
+  square = warp_sum(square);
+  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = square;
+  __syncthreads();
+  if (threadIdx.x > 0) return;
+  acc total = 0;
+  for (int w = 0; w < warps; ++w) total += sums[w];
+  *out = total;
+}
+
+// partial [B, tiles].
+template <typename in_t, int BLOCKS>
+__global__ void __launch_bounds__(TILE_THREADS)
+    conv_sqnorm_tensor_kernel(const __grid_constant__ ConvTiles p, int64_t first, float* __restrict__ partial) {
+  GRADCLUST_SHARED(memory);
+  TileOrigin t = tile_origin(p, first + blockIdx.x);
+  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
+  int pairs = (((t.columns + 1) / 2) - warp + TILE_WARPS - 1) / TILE_WARPS;
+  TensorSums<BLOCKS> sums = {};
+  // The last pair of an odd number repeats an octet, which is not counted.
+  auto octet = [&](int s, int half) { return min(2 * (warp + TILE_WARPS * s) + half, t.columns - 1); };
+  if constexpr (sizeof(in_t) == 2) {
+    int offset[PAIRS];
+#pragma unroll
+    for (int s = 0; s < PAIRS; ++s) offset[s] = column_offset(p, t, octet(s, lane / 16));
+    for_each_chunk<in_t>(p, t, 16 * BLOCKS, memory, [&](const Chunk& c, const in_t* stage) {
+      multiply_chunk<in_t, BLOCKS>(p, c, stage, pairs, offset, sums);
+    });
+  } else {
+    int offset[PAIRS][2];
+#pragma unroll
+    for (int s = 0; s < PAIRS; ++s)
+#pragma unroll
+      for (int h = 0; h < 2; ++h) offset[s][h] = column_offset(p, t, octet(s, h));
+    for_each_chunk<in_t>(p, t, 16 * BLOCKS, memory, [&](const Chunk& c, const in_t* stage) {
+      multiply_chunk<BLOCKS>(p, c, stage, pairs, offset, sums);
+    });
+  }
+  float square = 0;
+#pragma unroll
+  for (int s = 0; s < PAIRS; ++s)
+#pragma unroll
+    for (int h = 0; h < 2; ++h) {
+      if (2 * (warp + TILE_WARPS * s) + h >= t.columns) continue;
+#pragma unroll
+      for (int m = 0; m < BLOCKS; ++m)
+#pragma unroll
+        for (int i = 0; i < 4; ++i) square += sums[m][s][h][i] * sums[m][s][h][i];
+    }
+  leave_block_sum(square, TILE_WARPS, memory, partial + first + blockIdx.x);
+}
+
+template <typename acc>
+__global__ void __launch_bounds__(TILE_THREADS)
+    conv_sqnorm_scalar_kernel(const __grid_constant__ ConvTiles p, int64_t first, acc* __restrict__ partial) {
+  GRADCLUST_SHARED(memory);
+  constexpr int PARTS = 8 / VECTOR<acc>;  // vectors of an octet
+  TileOrigin t = tile_origin(p, first + blockIdx.x);
+  auto vector = [&](int s) { return int(threadIdx.x) % 16 + 16 * s; };
+  int offset[PAIRS];
+#pragma unroll
+  for (int s = 0; s < PAIRS; ++s) {
+    int v = min(vector(s), t.columns * PARTS - 1);
+    offset[s] = column_offset(p, t, v / PARTS) + v % PARTS * VECTOR<acc>;
+  }
+  ScalarSums<acc> sums = {};
+  for_each_chunk<acc>(p, t, TILE_ROWS, memory,
+                      [&](const Chunk& c, const acc* stage) { multiply_chunk(p, c, stage, offset, sums); });
+  acc square = 0;
+#pragma unroll
+  for (int s = 0; s < PAIRS; ++s) {
+    if (vector(s) >= t.columns * PARTS) continue;
+#pragma unroll
+    for (int m = 0; m < 8; ++m)
+#pragma unroll
+      for (int v = 0; v < VECTOR<acc>; ++v) square += sums[m][s][v] * sums[m][s][v];
+  }
+  leave_block_sum(square, TILE_WARPS, memory, partial + first + blockIdx.x);
+}
+
+template <typename in_t>
+__global__ void __launch_bounds__(32 * CORRELATE_WARPS, 2)
+    conv_sqnorm_correlate_kernel(const __grid_constant__ CorrelateTiles p, int64_t first,
+                                 acc_t<in_t>* __restrict__ partial) {
+  using acc = acc_t<in_t>;
+  GRADCLUST_SHARED(memory);
+  acc* sums = reinterpret_cast<acc*>(memory);  // [warps, taps, 32]
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  int64_t index = first + blockIdx.x, b = index / p.tiles;
+  int rest = int(index % p.tiles), tap = rest % p.tap_tiles * CORRELATE_TAPS;
+  rest /= p.tap_tiles;
+  int64_t o = rest / p.C * 32 + lane;
+  acc sum[CORRELATE_TAPS] = {};
+  if (o < p.f.O) correlate<in_t>(p, b, o, rest % p.C, tap, warp, sum);
+#pragma unroll
+  for (int j = 0; j < CORRELATE_TAPS; ++j) sums[(warp * CORRELATE_TAPS + j) * 32 + lane] = sum[j];
+  __syncthreads();
+  acc square = 0;
+  for (int j = warp; j < min(CORRELATE_TAPS, p.taps - tap); j += CORRELATE_WARPS) {
+    acc total = 0;
+    for (int w = 0; w < CORRELATE_WARPS; ++w) total += sums[(w * CORRELATE_TAPS + j) * 32 + lane];
+    square += total * total;
+  }
+  __syncthreads();
+  leave_block_sum(square, CORRELATE_WARPS, memory, partial + index);
+}
+
+// out[b] = the sum of row b of partial [B, tiles], in a fixed order.
+template <typename acc>
+__global__ void conv_sqnorm_total_kernel(const acc* __restrict__ partial, int64_t B, int tiles, acc* __restrict__ out) {
+  int64_t b = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
+  if (b >= B) return;
+  acc total = 0;
+  for (int i = threadIdx.x % 32; i < tiles; i += 32) total += partial[b * tiles + i];
+  total = warp_sum(total);
+  if (threadIdx.x % 32 == 0) out[b] = total;
+}
+
+// Launches a kernel over all tiles, as many at a time as a grid holds.
+template <typename Plan, typename acc>
+const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Plan, int64_t, acc*), const Plan& plan,
+                         unsigned threads, int64_t bytes, acc* partial, acc* out, void* stream) {
+  constexpr int64_t MOST = (int64_t(1) << 31) - 1;
+  int64_t all = plan.f.B * plan.tiles;
+  acc* target = plan.tiles > 1 ? partial : out;
+  const char* error = nullptr;
+  for (int64_t first = 0; first < all && !error; first += MOST)
+    error = launch(name, sizes, kernel, unsigned(std::min(MOST, all - first)), threads, size_t(bytes), stream, plan, first,
+                   target);
+  if (error || plan.tiles == 1) return error;
+  return launch("conv_sqnorm_total_kernel", sizes, conv_sqnorm_total_kernel<acc>, unsigned((plan.f.B + 7) / 8), 256, 0,
+                stream, partial, plan.f.B, plan.tiles, out);
+}
+
+// Output channels that tensor-core tiles fetch and multiply.
+int tensor_rows(const ConvFactors& f) { return f.O / f.groups <= 32 ? 32 : 64; }
+
+template <typename in_t> ConvTiles plan_of(const ConvFactors& f, bool tensor) {
+  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : TILE_ROWS);
+}
+
+template <typename in_t>
+const char* run_tensor(const ConvFactors& f, const char* sizes, void* partial, void* out, void* stream) {
+  ConvTiles plan = plan_of<in_t>(f, true);
+  auto kernel = tensor_rows(f) == 32 ? conv_sqnorm_tensor_kernel<in_t, 2> : conv_sqnorm_tensor_kernel<in_t, 4>;
+  return launch_tiles<ConvTiles, float>("conv_sqnorm_tensor_kernel", sizes, kernel, plan, TILE_THREADS,
+                                        plan.stages * plan.stage_bytes, static_cast<float*>(partial),
+                                        static_cast<float*>(out), stream);
+}
+
+template <typename in_t>
+const char* run_scalar(const ConvFactors& f, const char* sizes, void* partial, void* out, void* stream) {
+  ConvTiles plan = plan_of<in_t>(f, false);
+  return launch_tiles<ConvTiles, in_t>("conv_sqnorm_scalar_kernel", sizes, conv_sqnorm_scalar_kernel<in_t>, plan,
+                                       TILE_THREADS, plan.stages * plan.stage_bytes, static_cast<in_t*>(partial),
+                                       static_cast<in_t*>(out), stream);
+}
+
+bool on_tensor_cores(const ConvFactors& f, ConvCudaRoute route) {
+  return f.dtype == DType::bf16 || f.dtype == DType::f16 || (f.dtype == DType::f32 && route == ConvCudaRoute::tiles_tf32);
+}
+
+}  // namespace
+
+int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
+  int64_t tiles = 0;
+  dispatch(f.dtype, [&](auto zero) {
+    tiles = route == ConvCudaRoute::correlate ? plan_correlate(f).tiles
+                                              : plan_of<decltype(zero)>(f, on_tensor_cores(f, route)).tiles;
+  });
+  return tiles > 1 ? tiles : 0;
+}
+
+const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* partial, void* out, void* stream) {
+  char sizes[192];
+  snprintf(sizes, sizeof sizes, "B=%lld, C=%lld, O=%lld, groups=%lld, image %lldx%lldx%lld, kernel %lldx%lldx%lld",
+           (long long)f.B, (long long)f.C, (long long)f.O, (long long)f.groups, (long long)f.size[0],
+           (long long)f.size[1], (long long)f.size[2], (long long)f.kernel[0], (long long)f.kernel[1],
+           (long long)f.kernel[2]);
+  const char* error = nullptr;
+  dispatch(f.dtype, [&](auto zero) {
+    using in_t = decltype(zero);
+    using acc = acc_t<in_t>;
+    if (route == ConvCudaRoute::correlate) {
+      error = launch_tiles<CorrelateTiles, acc>("conv_sqnorm_correlate_kernel", sizes, conv_sqnorm_correlate_kernel<in_t>,
+                                                plan_correlate(f), 32 * CORRELATE_WARPS,
+                                                32 * CORRELATE_WARPS * CORRELATE_TAPS * sizeof(acc),
+                                                static_cast<acc*>(partial), static_cast<acc*>(out), stream);
+      return;
+    }
+    if constexpr (sizeof(in_t) <= 4) {
+      if (on_tensor_cores(f, route)) error = run_tensor<in_t>(f, sizes, partial, out, stream);
+    }
+    if constexpr (sizeof(in_t) >= 4) {
+      if (!on_tensor_cores(f, route)) error = run_scalar<in_t>(f, sizes, partial, out, stream);
+    }
+  });
+  return error;
+}
+
+}  // namespace gradclust

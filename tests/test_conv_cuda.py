@@ -1,0 +1,114 @@
+"""The CUDA kernels of convolutions, compiled for the CPU, on sizes that fill more than one tile, chunk and stage."""
+
+from __future__ import annotations
+
+import importlib
+
+import cuda_on_host
+import pytest
+import torch
+from conv_cases import GRID, case
+from oracle import conv_grads
+from tolerances import assert_close_to_oracle
+
+import gradclust_fast as gf
+from gradclust_fast.ops._conv import prepare
+
+routes = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
+pytestmark = [
+    pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable())),
+    pytest.mark.filterwarnings("ignore:Using padding=.same."),
+]
+NOT_EMPTY = [each for each in GRID if each.values[0].B and all(each.values[0].out_size())]
+LARGE = [
+    case(2, 104, 70, (5, 6), "several-channel-and-row-tiles", kernel_size=(2, 5), padding=2),
+    case(2, 8, 16, (70,), "several-tap-tiles", kernel_size=30),
+    case(1, 16, 33, (300,), "a-row-in-pieces", kernel_size=3, padding=1),
+    case(1, 8, 8, (40, 20), "many-chunks", kernel_size=3, padding=1),
+    case(1, 8, 12, (1500,), "elements-too-far-apart-to-share-a-segment", kernel_size=3, dilation=700),
+    case(1, 16, 8, (9, 23), "stride-and-dilation-share-a-factor", kernel_size=3, stride=4, dilation=2, padding=3),
+    case(1, 200, 8, (4, 5), "1x1-many-channels", kernel_size=1),
+    case(1, 16, 24, (5, 4, 6), "3d-grouped-aligned", kernel_size=(2, 3, 3), padding=1, groups=2),
+    case(2, 40, 40, (7, 9), "depthwise-many-taps", kernel_size=(3, 5), padding=2, groups=40),
+    case(1, 36, 72, (6, 5), "depthwise-multiplier", kernel_size=3, stride=2, padding=1, groups=36),
+]
+DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
+
+
+@pytest.fixture
+def emulator(monkeypatch):
+    with gf.backend("cuda"):
+        yield cuda_on_host.emulated(monkeypatch)
+
+
+def by_route(route, act, grad, geometry, bias=False):
+    return routes.by_cuda_route(route, *prepare(act, grad, bias=bias, **geometry))
+
+
+def check(route, act, grad, geometry, dtype, bias=False):
+    oracle = conv_grads(act, grad, bias, **geometry).square().sum((1, 2))
+    accumulator = torch.float64 if dtype == torch.float64 else torch.float32
+    eager = conv_grads(act, grad, bias, dtype=accumulator, **geometry).square().sum((1, 2))
+    out = by_route(route, act, grad, geometry, bias)
+    assert_close_to_oracle(out, oracle, eager, dtype)
+    return out
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("each", LARGE)
+def test_several_tiles_chunks_and_stages(emulator, each, dtype):
+    act, grad = each.factors(dtype)
+    route = "tiles" if each.geometry.get("groups", 1) < 3 else "correlate"
+    first = check(route, act, grad, each.geometry, dtype)
+    for order in (1, 2):
+        emulator.set_order(order)
+        assert torch.equal(by_route(route, act, grad, each.geometry), first), "the order of threads shows"
+
+
+@pytest.mark.parametrize("route", ["correlate", "tiles_tf32"])
+@pytest.mark.parametrize("each", [*NOT_EMPTY, *LARGE[:8]])
+def test_routes_are_right_where_they_would_not_be_chosen(emulator, each, route):
+    act, grad = (factor.bfloat16().float() for factor in each.factors())  # exact in tf32
+    check(route, act, grad, each.geometry, torch.float32, bias=True)
+
+
+def test_tf32_rounds_to_nearest(emulator):
+    act, grad = torch.randn(3, 16, 9, 9), torch.randn(3, 24, 9, 9)
+    geometry = {"kernel_size": 3, "padding": 1}
+    oracle = conv_grads(act, grad, **geometry).square().sum((1, 2))
+    error = (by_route("tiles_tf32", act, grad, geometry) - oracle).abs() / oracle
+    assert 1e-7 < error.max() < 3e-4, "rounded to 11 bits, without a bias"
+
+
+def test_torchs_precision_setting_chooses_tensor_cores(emulator, monkeypatch):
+    act, grad = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
+    for setting, route in (("highest", "tiles"), ("high", "tiles"), ("medium", "tiles_tf32")):
+        monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
+        assert routes.choose_cuda(act, grad, 1) == route
+        assert routes.choose_cuda(act.double(), grad.double(), 1) == "tiles"
+        assert routes.choose_cuda(act.bfloat16(), grad.bfloat16(), 1) == "tiles"
+        assert routes.choose_cuda(act, grad, 8) == "correlate"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 16])
+def test_any_layout_gives_the_same_bits(emulator, groups, dtype):
+    act, grad = torch.randn(2, 16, 7, 9).to(dtype), torch.randn(2, 32, 7, 9).to(dtype)
+    geometry = {"kernel_size": 3, "padding": 1, "groups": groups}
+    first = check("tiles", act, grad, geometry, dtype)
+    last = act.to(memory_format=torch.channels_last), grad.to(memory_format=torch.channels_last)
+    odd = torch.zeros(2, 7, 9, 17, dtype=dtype)  # channels side by side, but no row starts at a multiple of 16 bytes
+    odd[..., 1:] = act.movedim(1, -1)
+    flipped = act.transpose(2, 3).contiguous().transpose(2, 3), grad[:, :, :, :]
+    for a, g in (last, (odd[..., 1:].movedim(-1, 1), last[1]), flipped, (act, last[1])):
+        assert torch.equal(by_route("tiles", a, g, geometry), first)
+
+
+@pytest.mark.parametrize("route", ["tiles", "tiles_tf32", "correlate"])
+def test_non_finite_factors_stay_in_their_own_row(emulator, route):
+    act, grad = torch.randn(4, 12, 6, 7), torch.randn(4, 9, 6, 7)
+    geometry = {"kernel_size": 3, "padding": 1, "groups": 3}
+    clean = by_route(route, act, grad, geometry)
+    act[1, 2, 0, 0], grad[3, 8, 5, 6] = float("nan"), float("inf")
+    out = by_route(route, act, grad, geometry)
+    assert torch.equal(out[::2], clean[::2]) and not out[1::2].isfinite().any()

@@ -1,0 +1,74 @@
+"""What the compiled CUDA kernels take of a multiprocessor, read from the native module: no GPU is needed."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import shutil
+import subprocess
+from functools import lru_cache
+from pathlib import Path
+
+import pytest
+
+from gradclust_fast import _native
+
+
+def cuobjdump() -> str | None:
+    found = shutil.which("cuobjdump")
+    if found is None and (triton := importlib.util.find_spec("triton")) is not None and triton.origin:
+        bundled = Path(triton.origin).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        found = str(bundled) if bundled.exists() else None
+    return found
+
+
+pytestmark = [
+    pytest.mark.skipif(not getattr(_native._C, "cuda", False), reason=f"no CUDA kernels: {_native.cuda_unavailable()}"),
+    pytest.mark.skipif(cuobjdump() is None, reason="cuobjdump is neither on PATH nor in Triton's package"),
+]
+REGISTERS = {  # most that a kernel may take, by what it needs to hide latency behind
+    "conv_sqnorm_tensor_kernel": 168,  # three blocks of 128 threads
+    "conv_sqnorm_scalar_kernel": 168,
+    "conv_sqnorm_correlate_kernel": 128,  # two blocks of 256
+    "cluster_sums_pieces_kernel": 64,  # four blocks of 256
+    "grad_sqnorm_rank1_kernel": 64,
+    "random_signs_kernel": 64,
+}
+
+
+def dump(option: str) -> str:
+    return subprocess.run([cuobjdump(), option, _native._C.__file__], capture_output=True, text=True, check=True).stdout
+
+
+@lru_cache(maxsize=1)
+def resources() -> list[tuple[str, int, int, int]]:
+    """(kernel, registers, stack bytes, static shared bytes) of every kernel for every architecture."""
+    pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
+    return [
+        (name, int(registers), int(stack) + int(local), int(shared))
+        for name, registers, stack, shared, local in re.findall(pattern, dump("--dump-resource-usage"))
+    ]
+
+
+def test_every_kernel_is_there():
+    names = " ".join(name for name, *_ in resources())
+    assert all(kernel in names for kernel in REGISTERS)
+
+
+def test_no_kernel_spills_or_takes_static_shared_memory():
+    assert [row for row in resources() if row[2] or row[3]] == []
+
+
+@pytest.mark.parametrize("kernel", REGISTERS)
+def test_registers_leave_room_for_the_blocks_that_hide_latency(kernel):
+    taken = [registers for name, registers, *_ in resources() if kernel in name]
+    assert taken and max(taken) <= REGISTERS[kernel]
+
+
+def test_tiles_use_asynchronous_copies_matrix_loads_and_tensor_cores():
+    functions = re.split(r"\n\s*Function : ", dump("--dump-sass"))
+    tiles = [text for text in functions[1:] if "conv_sqnorm_tensor_kernel" in text.split("\n", 1)[0]]
+    assert tiles
+    for text in tiles:
+        assert "LDGSTS" in text and "HMMA" in text
+        assert ("LDSM" in text) == ("IfLi" not in text.split("\n", 1)[0]), "float32 has no transposing matrix load"
