@@ -212,6 +212,11 @@ class record(Watch):
         return torch.stack([n.to(torch.promote_types(n.dtype, norms[0].dtype)) for n in norms]).sum(0)
 
     @property
+    def sketch(self) -> Sketch | None:
+        """The sketch that the record was opened with."""
+        return self._sketch
+
+    @property
     def sketches(self) -> torch.Tensor:
         """[B, dim] random projections of ∇ℓ_b, parameters added up, or side by side for ``Sketch(reduce=False)``."""
         passes = self._results("sketch", "sketch=gf.Sketch(dim=256)")

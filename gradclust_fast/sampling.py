@@ -184,21 +184,11 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             IndexError: for an index outside the data set.
             TypeError: for an index that is not of integers.
         """
-        index = torch.as_tensor(index)
-        if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-            raise TypeError(f"index must be of integers (data-set indices), got {index.dtype}")
+        index = check_index(index, len(self.strata))
         if index.device not in self._tables:
             weight = torch.from_numpy(self._plan.weight).to(index.device, torch.get_default_dtype())
             self._tables[index.device] = weight, self.strata.labels.to(index.device)
         weight, labels = self._tables[index.device]
-        capturing = index.is_cuda and torch.cuda.is_current_stream_capturing()  # nothing can wait for the device then
-        if index.numel() and not capturing:
-            low, high = (int(bound) for bound in torch.aminmax(index))
-            if low < 0 or high >= len(labels):
-                raise IndexError(
-                    f"index {low if low < 0 else high} is outside the {len(labels)} examples of the strata; pass the "
-                    f"indices that DataLoader(gf.with_indices(dataset)) yields"
-                )
         return weight.index_select(0, labels.index_select(0, index.reshape(-1).long())).reshape(index.shape)
 
     def predicted_variance(self) -> float:
@@ -295,6 +285,21 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         # an epoch that was interrupted and reloaded is finished with the strata it began with
         if self._pending is not None and not self._skip:
             self._plan, self._pending, self._tables = self._pending, None, {}
+
+
+def check_index(index: Any, N: int) -> Tensor:
+    """Data-set indices as a tensor of integers; raises for those outside 0..N−1 where that needs no device to wait."""
+    index = torch.as_tensor(index)
+    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
+        raise TypeError(f"index must be of integers (data-set indices), got {index.dtype}")
+    if index.device.type == "cpu" and index.numel():
+        low, high = int(index.min()), int(index.max())
+        if low < 0 or high >= N:
+            raise IndexError(
+                f"index {low if low < 0 else high} is outside the {N} examples of the strata; pass the indices that "
+                f"DataLoader(gf.with_indices(dataset)) yields"
+            )
+    return index
 
 
 def _replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

@@ -12,7 +12,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import gradclust_fast as gf
 from gradclust_fast.clustering import factored
 from gradclust_fast.clustering.factored import refill_smallest
-from gradclust_fast.clustering.gradient_clustering import merge_equal_rows
+from gradclust_fast.clustering.sketches import merge_equal_rows
 
 EXACT_SKETCH = gf.Sketch(sides=(1000, 1000), reduce=False)  # keeps every coordinate
 METHODS = ["exact", "factored"]

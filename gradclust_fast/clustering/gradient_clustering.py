@@ -13,17 +13,21 @@ from torch.utils.data import DataLoader, Dataset
 from .._arguments import integer
 from .._passes import Forward, LossFn, batches, check_finite, losses_of, model_device, num_examples, untouched
 from ..layers import Factors
+from ..recording import record
 from ..sampling import Strata
-from ..selection import Parameters
+from ..selection import Parameters, select
 from ..sketching import Sketch
 from ..watching import Watch
 from ._progress import Advance, progress_bar
 from .exact import balanced_labels, check_fraction, cluster_points
 from .factored import Distances, Rank1Centers, refill_smallest
+from .online import RunningClusters, distinct, recorded_points
+from .sketches import Sketches, merge_equal_rows
 
 OPTIONS: dict[str, dict[str, Any]] = {
     "exact": {"max_sweeps": 50, "tol": 1e-3},
     "factored": {"rounds": 10, "min_size": 1},
+    "online": {"max_sweeps": 50, "tol": 1e-3, "decay": 0.99, "num_examples": None},
 }
 """The methods, their own options and defaults."""
 
@@ -39,7 +43,8 @@ class GradientClustering:
         num_clusters: K ≥ 1; may exceed the number of examples, the rest stays empty.
         method: ``"exact"``: one pass over the data collects a sketch of every gradient, then sweeps of exact moves
             lower J until a sweep gains nothing worth having. ``"factored"``: the paper's, with one rank-1 centre per
-            cluster and parameter, size-weighted assignment, and two passes a round.
+            cluster and parameter, size-weighted assignment, and two passes a round. ``"online"``: strata that follow
+            training: every :meth:`update` assigns the examples of a recorded step to running centres of sketches.
         sketch: :class:`Sketch`, default ``Sketch(dim=256)``. With ``"factored"`` it only serves the strata's
             statistics.
         parameters: which parameters count: name globs, or a predicate of name and parameter; None: all trainable ones.
@@ -47,13 +52,16 @@ class GradientClustering:
         max_sweeps, tol: for ``"exact"``: at most 50 sweeps; stop after two that lower J by less than 0.1 % each.
         rounds, min_size: for ``"factored"``: 10 rounds; at the end of a round's assignment the smallest cluster, if
             it has fewer than ``min_size`` (1) members, takes a random half of the one with the largest distortion.
+        decay: for ``"online"``: what a past update counts for in the running centres and variances, 0.99.
+        num_examples: for ``"online"``: N, to start from random equal strata without a pass over the data.
         warm_start: later calls of ``fit`` on as many examples start from the strata (or centres) of the call before.
 
     Attributes:
-        strata: what the last ``fit`` returned, or None.
+        strata: what the last ``fit`` or ``update`` returned, or None.
         history: J of the last ``fit``, in the units of gradient squared times N²: for ``"exact"`` at the start and
             after every sweep, estimated from the sketches, never rising; for ``"factored"`` after every round's
-            assignment, ``Σ_k N_k Σ_{i∈k} ‖g_i − c_k‖²`` for the rank-1 centres, which bounds J from above.
+            assignment, ``Σ_k N_k Σ_{i∈k} ‖g_i − c_k‖²`` for the rank-1 centres, which bounds J from above; for
+            ``"online"`` one more entry per ``update``, from the running statistics.
 
     Raises:
         ValueError, TypeError: arguments that do not fit; options of another method.
@@ -83,6 +91,8 @@ class GradientClustering:
         tol: float | None = None,
         rounds: int | None = None,
         min_size: int | None = None,
+        decay: float | None = None,
+        num_examples: int | None = None,
         warm_start: bool = True,
     ) -> None:
         if not isinstance(model, nn.Module):
@@ -93,6 +103,7 @@ class GradientClustering:
             raise TypeError(f"sketch must be a gf.Sketch, got {type(sketch).__name__}; for example gf.Sketch(dim=256)")
         num_clusters, seed = integer("num_clusters", num_clusters, 1), integer("seed", seed)
         given = {"max_sweeps": max_sweeps, "tol": tol, "rounds": rounds, "min_size": min_size}
+        given |= {"decay": decay, "num_examples": num_examples}
         options = dict(OPTIONS[method])
         for name, value in given.items():
             if value is None:
@@ -101,6 +112,10 @@ class GradientClustering:
                 raise ValueError(f"{name} is not an option of method={method!r}, which has {', '.join(options)}")
             if name == "tol":
                 check_fraction(name, value)
+            elif name == "decay":
+                check_fraction(name, value)
+                if value >= 1:
+                    raise ValueError(f"decay must be below 1, got {value!r}; 0.99 remembers about 100 updates")
             else:
                 value = integer(name, value, 0 if name == "min_size" else 1)
             options[name] = value
@@ -110,6 +125,11 @@ class GradientClustering:
         self.strata: Strata | None = None
         self.history: list[float] = []
         self._centers: Rank1Centers | None = None
+        self._running: RunningClusters | None = None
+        if options.get("num_examples") is not None:
+            labels = balanced_labels(options["num_examples"], num_clusters, seed)
+            self._running = RunningClusters(labels, num_clusters, options["decay"])
+            self.strata = self._running.strata()
 
     def fit(
         self,
@@ -152,12 +172,120 @@ class GradientClustering:
             device = model_device(self.model)
         loading = {"batch_size": batch_size, "num_workers": num_workers, "collate_fn": collate_fn, "device": device}
         run = _Fit(self, dataset, N, loss_fn, forward, loading)
-        method = run.exact if self.method == "exact" else run.factored
-        passes = 1 if self.method == "exact" else 2 * self.options["rounds"]
+        method = run.factored if self.method == "factored" else run.exact
+        passes = 2 * self.options["rounds"] if self.method == "factored" else 1
         with untouched(self.model, mode), progress_bar(progress, passes * steps) as run.advance:
             # Nothing is kept from a fit that did not come to its end.
             self.strata, self.history, self._centers = method()
+        if self.method == "online":
+            self._running = RunningClusters.of(self.strata, self.options["decay"])
         return self.strata
+
+    def update(self, rec: record, index: Any, weights: Any | None = None, *, group: Any = None) -> Strata:
+        """Follows training: assigns the examples of a recorded step to the running centres, which then move to them.
+
+        Costs no pass over the data. Examples go one after the other to the stratum where J grows least, as in the exact
+        moves; strata that lost all of their examples are founded anew by the next one that gains from it. Examples that
+        never came keep the stratum they started in.
+
+        Args:
+            rec: a ``gf.record`` of this model, opened with ``sketch=clustering.sketch``, after its backward.
+            index: [B] data-set indices of the recorded examples, in the order of its rows; none twice.
+            weights: [B], by what the losses were multiplied (``sampler.weights(index)``), divided out; None: 1.
+            group: a ``torch.distributed`` process group: the examples of all ranks count, and every rank gets the same
+                strata. All ranks must call it. None: this process alone.
+
+        Returns:
+            The strata as they are now, for ``sampler.set_strata``. Their variances and means are running averages, and
+            None until every stratum that has members has met one.
+
+        Raises:
+            ValueError, TypeError: a method other than ``"online"``; a record with another sketch or of other
+                parameters; an index that does not fit the record, or repeats an example; gradients that are not finite,
+                with their indices; weights that are not positive. Nothing has changed then.
+            IndexError: an index outside the data set.
+            RuntimeError: before ``fit``, where ``num_examples`` was not given.
+
+        Example:
+            >>> model = torch.nn.Linear(4, 3)
+            >>> clustering = gf.GradientClustering(model, num_clusters=4, method="online", num_examples=40)
+            >>> x, index = torch.randn(8, 4), torch.arange(8)
+            >>> with gf.record(model, sketch=clustering.sketch) as rec:
+            ...     torch.nn.functional.cross_entropy(model(x), torch.zeros(8, dtype=torch.long)).backward()
+            >>> clustering.update(rec, index).num_clusters
+            4
+        """
+        if self.method != "online":
+            raise ValueError(
+                f"update needs method='online', this clustering has {self.method!r}; make it with "
+                f"gf.GradientClustering(model, ..., method='online')"
+            )
+        if self._running is None:
+            raise RuntimeError(
+                "update does not know the data set yet; call fit(dataset, loss_fn) first, or pass "
+                "num_examples=len(dataset) to start from random strata"
+            )
+        points, index = recorded_points(rec, index, len(self._running.labels), weights, group, self.sketch)
+        names = [entry.name for entry in select(self.model, self.parameters)]
+        if rec.names != names:
+            other = next(iter(set(rec.names) ^ set(names)), "their order")
+            raise ValueError(
+                f"rec and the clustering are of different parameters ({other}); give both the same parameters="
+            )
+        if self._running.means is not None and self._running.means.shape[1] != points.shape[1]:
+            raise ValueError(
+                f"rec has sketches of {points.shape[1]} numbers, the running centres {self._running.means.shape[1]}"
+            )
+        self._running.update(points, distinct(index))
+        self.strata = self._running.strata()
+        if self.strata.variance is not None:
+            self.history.append(self.strata.distortion)
+        return self.strata
+
+    @property
+    def unseen(self) -> Tensor:
+        """Indices of the examples that neither ``fit`` nor an ``update`` has met (``"online"`` without ``fit``)."""
+        if self._running is None:
+            return torch.empty(0, dtype=torch.int64)
+        return (~self._running.seen).nonzero().flatten()
+
+    def state_dict(self) -> dict[str, Any]:
+        """What ``fit`` and ``update`` found, as tensors and numbers for ``torch.save``."""
+        centers = (
+            None if self._centers is None else {"rows": dict(self._centers.rows), "cols": dict(self._centers.cols)}
+        )
+        return {
+            "method": self.method,
+            "num_clusters": self.num_clusters,
+            "history": list(self.history),
+            "strata": None if self.strata is None else self.strata.state_dict(),
+            "centers": centers,
+            "running": None if self._running is None else self._running.state_dict(),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continues as saved: a warm start, or running centres.
+
+        Raises:
+            ValueError: for the state of another method or number of clusters.
+        """
+        missing = set(self.state_dict()) - set(state)
+        if missing:
+            raise ValueError(f"state has no {sorted(missing)}; pass what GradientClustering.state_dict() returned")
+        for name in ("method", "num_clusters"):
+            if state[name] != getattr(self, name):
+                raise ValueError(
+                    f"the saved clustering has {name}={state[name]!r}, this one {getattr(self, name)!r}; make this one "
+                    f"with the saved value"
+                )
+        self.history = list(state["history"])
+        self.strata = None if state["strata"] is None else Strata.from_state_dict(state["strata"])
+        self._centers = self._running = None
+        if state["centers"] is not None:
+            self._centers = Rank1Centers(self.num_clusters, self.seed)
+            self._centers.rows, self._centers.cols = (dict(state["centers"][part]) for part in ("rows", "cols"))
+        if state["running"] is not None:
+            self._running = RunningClusters.from_state_dict(state["running"], self.num_clusters)
 
     def _warm(self, N: int) -> bool:
         return self.warm_start and self.strata is not None and len(self.strata) == N
@@ -183,7 +311,7 @@ class _Fit:
 
     def exact(self) -> tuple[Strata, list[float], None]:
         clustering = self.clustering
-        sketches = _Sketches(clustering.sketch, self.N)
+        sketches = Sketches(clustering.sketch, self.N)
         for index, batch in self._batches("sketching gradients"):
             self._stream(sketches, index, batch)
             sketches.store(index)
@@ -194,7 +322,8 @@ class _Fit:
             K,
             labels=strata.labels if strata is not None and clustering._warm(self.N) else None,
             seed=clustering.seed,
-            **clustering.options,
+            max_sweeps=clustering.options["max_sweeps"],
+            tol=clustering.options["tol"],
         )
         return Strata.from_points(rows, found.labels, K), found.history, None
 
@@ -204,7 +333,7 @@ class _Fit:
         centers = Rank1Centers(K, clustering.seed) if warm is None else warm.copy()
         labels = balanced_labels(self.N, K, clustering.seed)
         distances = torch.zeros(self.N, dtype=torch.float64)
-        sketches, history = _Sketches(clustering.sketch, self.N), []
+        sketches, history = Sketches(clustering.sketch, self.N), []
         for number in range(1, rounds + 1):
             counts = torch.zeros(K, dtype=torch.int64)
             for index, batch in self._batches(f"round {number}/{rounds}: assignment", shuffle=True):
@@ -240,72 +369,13 @@ class _Fit:
             watch.backward(losses_of(model, batch, index, self.loss_fn, self.forward))
 
 
-class _Sketches:
-    """Consumes batches' factors into one sketch per example."""
-
-    def __init__(self, sketch: Sketch, N: int) -> None:
-        self.sketch, self.N = sketch, N
-        self.parts: dict[str, Tensor] = {}  # one batch's, by parameter, or under "" their sum
-        self.table: dict[str, Tensor] = {}  # [N, ·], on the CPU
-
-    def __call__(self, name: str, factors: Factors) -> None:
-        part = self.sketch.apply(name, factors)
-        if not self.sketch.reduce:
-            self.parts[name] = part
-        elif self.parts:
-            self.parts[""] = self.parts[""] + part.to(self.parts[""].device)
-        else:
-            self.parts[""] = part
-
-    def store(self, index: Tensor) -> None:
-        """Keeps the batch's sketches as rows ``index``; raises where one is not finite."""
-        for name, part in self.parts.items():
-            check_finite("the gradient", part, index)
-            if name not in self.table:
-                # Zeros: a parameter that a batch does not reach has no gradient there.
-                self.table[name] = torch.zeros(self.N, part.shape[1], dtype=part.dtype)
-            self.table[name][index] = part.cpu()
-        self.parts = {}
-
-    def rows(self) -> Tensor:
-        """[N, R]; without a second stage the parameters' vectors side by side."""
-        return torch.cat(list(self.table.values()), 1)
-
-
 class _Update:
     """Consumes one batch's factors into the centres' sums, and into sketches where asked."""
 
-    def __init__(self, centers: Rank1Centers, labels: Tensor, sketches: _Sketches | None) -> None:
+    def __init__(self, centers: Rank1Centers, labels: Tensor, sketches: Sketches | None) -> None:
         self.centers, self.labels, self.sketches = centers, labels, sketches
 
     def __call__(self, name: str, factors: Factors) -> None:
         self.centers.add(name, factors, self.labels)
         if self.sketches is not None:
             self.sketches(name, factors)
-
-
-def merge_equal_rows(rows: Tensor) -> Tensor:
-    """Rows that differ by no more than float32's rounding become exactly equal: copies of one example.
-
-    Copies in different places of a batch, or in batches of different sizes, get gradients that differ in the last
-    bits. Exact moves gather copies by ties, which such differences hide.
-    """
-    square = rows.double().square().sum(1)  # [N]
-    typical = square.mean().sqrt()
-    generator = torch.Generator().manual_seed(0)
-    order = (rows.double() @ torch.randn(rows.shape[1], dtype=torch.float64, generator=generator)).argsort(stable=True)
-
-    def differ(here: Tensor, there: Tensor) -> Tensor:
-        parts = zip(here.split(65536), there.split(65536))  # bounds the float64 copies
-        distance = torch.cat([(rows[a].double() - rows[b].double()).norm(dim=1) for a, b in parts])
-        return distance > torch.maximum(1e-5 * square[here].sqrt(), 1e-7 * typical)
-
-    first = torch.ones(len(rows), dtype=torch.bool)  # in that order: whether a row differs from the one before it
-    if len(rows) > 1:
-        first[1:] = differ(order[1:], order[:-1])
-    source = order[torch.where(first, torch.arange(len(rows)), 0).cummax(0).values]
-    # A long chain of small steps goes far: no row may move by more than rounding.
-    source = torch.where(differ(order, source), order, source)
-    merged = torch.empty_like(rows)
-    merged[order] = rows[source]
-    return merged
