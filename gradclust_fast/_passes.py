@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
-from ._arguments import integer
-from .sampling import IndexedDataset
+from ._arguments import check_finite, integer
+from .indexed import IndexedDataset
 
 LossFn = Callable[[Any, Any], Tensor]
 Forward = Callable[[nn.Module, Any], Tensor]
@@ -205,16 +205,3 @@ def losses_of(
         )
     check_finite("the loss", losses, index)
     return losses
-
-
-def check_finite(what: str, values: Tensor, index: Tensor) -> None:
-    """values [b] or [b, R]: raises naming the data-set indices of rows with NaN or Inf."""
-    finite = values.detach().isfinite()
-    finite = finite.reshape(len(index), -1).all(1).cpu()
-    if not finite.all():
-        bad = index[~finite].sort().values.tolist()
-        shown = ", ".join(map(str, bad[:10])) + (", ..." if len(bad) > 10 else "")
-        raise ValueError(
-            f"{what} of {len(bad)} example(s) is not finite: index {shown}; remove or repair these examples, or lower "
-            f"the learning rate if the model has diverged"
-        )

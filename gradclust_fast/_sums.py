@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import copy
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from itertools import pairwise
 from typing import Any
@@ -14,11 +15,22 @@ from torch.utils.data import DataLoader, Dataset
 from ._passes import Forward, LossFn, batches, check_finite, losses_of
 from .allocation import Plan
 from .layers import Factors
+from .layers.conv import ConvFactors
 from .layers.linear import LinearFactors
-from .selection import Parameters, select
+from .selection import Parameters, named_parameters, select
+from .strata import Strata
 from .watching import Watch
 
 PerParameter = dict[str, Tensor]
+
+MULTIPLIED_OUT = 2**22
+"""Numbers of per-example gradients, or of unfolded images, that exist at a time where two backwards are subtracted."""
+
+
+def patch_product(factors: Any) -> Tensor:
+    """[B, O, I] gradients of an ungrouped convolution, from its unfolded image."""
+    columns = factors.columns()
+    return columns.grad.squeeze(3) @ columns.act.squeeze(3).mT
 
 
 def difference_moments(factors: Factors, other: Factors) -> tuple[Tensor, Tensor]:
@@ -31,6 +43,18 @@ def difference_moments(factors: Factors, other: Factors) -> tuple[Tensor, Tensor
             first_other, second_other = other.moments()
             cross = LinearFactors(a * c, b * d, factors.shape).moments()[0]
             return first - first_other, (second - cross) + (second_other - cross)
+    if isinstance(factors, ConvFactors) and isinstance(other, ConvFactors) and factors.geometry[4] == 1:
+        # Both gradients multiplied out, a few examples at a time: as one sum over both backwards' positions they would
+        # cost the same products, and all patches of all examples in memory at once.
+        first, second = (torch.zeros(factors.shape, dtype=factors.dtype, device=factors.device) for _ in range(2))
+        patches = factors.shape[1:].numel() * factors.grad.shape[2:].numel()
+        step = max(1, MULTIPLIED_OUT // max(1, factors.shape.numel(), patches))
+        for start in range(0, factors.B, step):
+            own, their = (patch_product(each.part(start, min(start + step, each.B))) for each in (factors, other))
+            change = own.sub_(their)  # [b, O, I]
+            first += change.sum(0).view(factors.shape)
+            second += change.square_().sum(0).view(factors.shape)
+        return first, second
     return factors.subtract(other).moments()
 
 
@@ -45,8 +69,9 @@ class Sums:
         self.first[name] += first
         self.second[name] += second
 
-    def consume(self, name: str, factors: Factors, index: Tensor) -> None:
-        self.add(name, *checked_moments(name, factors, index))
+    def consume(self, name: str, factors: Factors, index: Tensor, minus: Factors | None = None) -> None:
+        """Adds the gradients of examples ``index``, or their differences to those of ``minus``."""
+        self.add(name, *checked_moments(name, factors, index, minus))
 
     def close(self) -> None:
         """All examples have been seen."""
@@ -61,9 +86,11 @@ def zeros(shapes: dict[str, tuple[torch.Size, torch.device]]) -> PerParameter:
     return {name: torch.zeros(shape, dtype=torch.float64, device=device) for name, (shape, device) in shapes.items()}
 
 
-def checked_moments(name: str, factors: Factors, index: Tensor) -> tuple[Tensor, Tensor]:
-    first, second = factors.moments()
+def checked_moments(name: str, factors: Factors, index: Tensor, minus: Factors | None = None) -> tuple[Tensor, Tensor]:
+    first, second = factors.moments() if minus is None else difference_moments(factors, minus)
     if not torch.isfinite(second.sum()):
+        if minus is not None:
+            check_finite(f"the snapshot's gradient of {name}", minus.sqnorm(), index)
         check_finite(f"the gradient of {name}", factors.sqnorm(), index)
     return first, second
 
@@ -74,20 +101,23 @@ class GroupedSums(Sums):
     One stratum's sums are open at a time, so memory is a few times the parameters, whatever the number of strata.
     """
 
-    def __init__(self, shapes: dict[str, tuple[torch.Size, torch.device]], plans: Sequence[Plan]) -> None:
+    def __init__(
+        self, shapes: dict[str, tuple[torch.Size, torch.device]], strata: Strata, plans: Sequence[Plan]
+    ) -> None:
         super().__init__(shapes)
         self.plans = plans
-        self.labels, self.counts = plans[0].strata.labels, plans[0].counts
+        self.labels, self.counts = strata.labels, strata.counts
         self.within = [zeros(shapes) for _ in plans]
         self.between = [_Between(plan, shapes) if plan.take is None else None for plan in plans]
         self._open: dict[str, tuple[int, Tensor, Tensor]] = {}
 
-    def consume(self, name: str, factors: Factors, index: Tensor) -> None:
+    def consume(self, name: str, factors: Factors, index: Tensor, minus: Factors | None = None) -> None:
         labels = self.labels[index]
         edges = [0, *((labels[1:] != labels[:-1]).nonzero().flatten() + 1).tolist(), len(labels)]
         for start, end in pairwise(edges):
             stratum = int(labels[start])
-            first, second = checked_moments(name, factors.part(start, end), index[start:end])
+            others = None if minus is None else minus.part(start, end)
+            first, second = checked_moments(name, factors.part(start, end), index[start:end], others)
             running = self._open.get(name)
             if running is not None and running[0] == stratum:
                 first, second = running[1].add_(first), running[2].add_(second)
@@ -153,15 +183,12 @@ class Difference:
         own = self.kept.pop(name, None)
         if own is None:  # the current model's loss did not reach this parameter
             own = factors.subtract(factors)
-        first, second = difference_moments(own, factors)
-        if not torch.isfinite(second.sum()):
-            check_finite(f"the snapshot's gradient of {name}", factors.sqnorm(), self.index)
-        self.sums.add(name, first, second)
+        self.sums.consume(name, own, self.index, factors)
 
     def rest(self) -> None:
         """Parameters that the snapshot's loss did not reach."""
         for name, own in self.kept.items():
-            self.sums.add(name, *own.moments())
+            self.sums.consume(name, own, self.index)
         self.kept = {}
 
 
@@ -204,9 +231,40 @@ def stream(
                     active.backward(losses_of(active.model, batch, index, loss_fn, forward))
                 if position:
                     differences[position - 1].rest()
-    sums.close()
+    for each in (sums, *(d.sums for d in differences)):
+        each.close()
 
 
 def shapes_of(model: nn.Module, parameters: Parameters) -> dict[str, tuple[torch.Size, torch.device]]:
     """Shape and device of every recorded parameter, by name."""
     return {entry.name: (entry.parameter.shape, entry.parameter.device) for entry in select(model, parameters)}
+
+
+def snapshot_of(model: nn.Module, estimator: Any) -> nn.Module:
+    """An estimator's snapshot as a module; raises where it is none of this model."""
+    snapshot = estimator.snapshot
+    if isinstance(snapshot, Mapping):
+        copied = copy.deepcopy(model)
+        try:
+            copied.load_state_dict(snapshot)
+        except RuntimeError as error:
+            raise ValueError(f"{estimator.name}: snapshot is not a state_dict of this model: {error}") from error
+        return copied
+    shared = {id(p) for p in model.parameters()} & {id(p) for p in snapshot.parameters()}
+    if shared:
+        raise ValueError(
+            f"{estimator.name}: snapshot shares {len(shared)} parameters with the model, so nothing would differ; take "
+            f"it with copy.deepcopy(model)"
+        )
+    shapes = [{e.name: e.parameter.shape for e in named_parameters(module)} for module in (model, snapshot)]
+    if shapes[0] != shapes[1]:
+        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
+        raise ValueError(
+            f"{estimator.name}: snapshot is not a copy of this model: {name} is {_size(shapes[1], name)} there and "
+            f"{_size(shapes[0], name)} here; take it with copy.deepcopy(model)"
+        )
+    return snapshot
+
+
+def _size(shapes: dict[str, torch.Size], name: str) -> str:
+    return str(list(shapes[name])) if name in shapes else "missing"

@@ -97,22 +97,22 @@ class SVRG(Uniform):
         name: str | None = None,
     ) -> None:
         super().__init__(batch_size, replacement, name=name)
-        if not isinstance(snapshot, (nn.Module, Mapping)):
-            raise TypeError(
-                f"snapshot must be a copy of the model or its state_dict, got {type(snapshot).__name__}; take it with "
-                f"copy.deepcopy(model)"
-            )
-        self.snapshot = snapshot
+        self.snapshot = _checked_snapshot(snapshot)
         self.gradients_per_step = 2 * batch_size
 
 
 class Stratified(Estimator):
-    """A stratified mini-batch, as ``StratifiedBatchSampler`` draws it.
+    """A stratified mini-batch, as ``StratifiedBatchSampler`` draws it; with ``snapshot``, SVRG on such batches.
+
+    With a snapshot θ̃ the estimate is ``μ + N⁻¹ Σ_k N_k · mean of (g_i(θ) − g_i(θ̃))`` over the examples drawn from
+    stratum k: its variance is that of the differences within strata, and a step computes two gradients per example.
 
     Args:
         strata: a partition of the same data set.
         batch_size: B; None is one example for every non-empty stratum.
-        allocation, replacement: as for ``StratifiedBatchSampler``.
+        allocation, replacement: as for ``StratifiedBatchSampler``. ``"neyman"`` takes the strata's own variances, of
+            whatever they were made from.
+        snapshot: a copy of the model at θ̃ (``copy.deepcopy(model)``), or its ``state_dict()``, cloned; None: no SVRG.
         name: label in reports.
 
     Example:
@@ -127,6 +127,7 @@ class Stratified(Estimator):
         allocation: str = "equal",
         replacement: bool = False,
         *,
+        snapshot: nn.Module | Mapping[str, Any] | None = None,
         name: str | None = None,
     ) -> None:
         check_strata(strata)
@@ -134,7 +135,11 @@ class Stratified(Estimator):
         self.strata = strata
         self.plan = Plan(strata, filled if batch_size is None else batch_size, allocation, replacement)
         self.batch_size = self.gradients_per_step = self.plan.batch_size
+        self.snapshot = None if snapshot is None else _checked_snapshot(snapshot)
         shown = "" if allocation == "equal" else f", {allocation}"
+        if snapshot is not None:
+            self.gradients_per_step = 2 * self.batch_size
+            shown += ", SVRG"
         self.name = name or f"Stratified({self.batch_size}, K={filled}{shown})"
 
     def prepare(self, N: int) -> None:
@@ -146,6 +151,15 @@ class Stratified(Estimator):
     def draw(self, rng: np.random.Generator, N: int) -> tuple[np.ndarray, np.ndarray]:
         index = self.plan.draw(rng)
         return index, self.plan.weight[self.plan.strata.labels.numpy()[index]]
+
+
+def _checked_snapshot(snapshot: Any) -> nn.Module | Mapping[str, Any]:
+    if not isinstance(snapshot, (nn.Module, Mapping)):
+        raise TypeError(
+            f"snapshot must be a copy of the model or its state_dict, got {type(snapshot).__name__}; take it with "
+            f"copy.deepcopy(model)"
+        )
+    return snapshot
 
 
 def uniform_factor(B: int, N: int, replacement: bool) -> float:

@@ -2,87 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import Dataset, IterableDataset, Sampler
+from torch.utils.data import Sampler
 
-from ._arguments import integer
+from ._arguments import check_index, integer
+from ._recorded import recorded_points
 from .allocation import Plan, check_batch, check_strata
+from .guard import Guard, one_stratum
+from .indexed import IndexedDataset, with_indices
+from .recording import record
 from .strata import Strata
 
 __all__ = ["IndexedDataset", "Strata", "StratifiedBatchSampler", "with_indices"]
-
-
-class IndexedDataset(Dataset):
-    """What :func:`with_indices` returns; ``dataset`` is the one it wraps."""
-
-    def __init__(self, dataset: Any) -> None:
-        if isinstance(dataset, IterableDataset) or not hasattr(dataset, "__getitem__"):
-            raise TypeError(
-                f"dataset must be map-style (indexing by 0..N−1), got {type(dataset).__name__}; an iterable data set "
-                f"has no stable indices: materialise it first, for example as a list"
-            )
-        if not hasattr(dataset, "__len__"):
-            raise TypeError(f"dataset must have a length, got {type(dataset).__name__} without __len__; add one")
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitem__(self, index: Any) -> Any:
-        index = self._plain(index)
-        return _join(index, self.dataset[index])
-
-    def __getitems__(self, indices: Sequence[Any]) -> list[Any]:
-        """A whole batch, in one call when the wrapped data set can."""
-        indices = [self._plain(index) for index in indices]
-        fetch = getattr(self.dataset, "__getitems__", None)
-        samples = fetch(indices) if fetch is not None else [self.dataset[i] for i in indices]
-        if len(samples) != len(indices):
-            raise ValueError(
-                f"{type(self.dataset).__name__}.__getitems__ returned {len(samples)} samples for {len(indices)} indices"
-            )
-        return [_join(i, sample) for i, sample in zip(indices, samples)]
-
-    def _plain(self, index: Any) -> int:
-        N, plain = len(self.dataset), int(index)
-        if not -N <= plain < N:
-            raise IndexError(f"index {plain} is outside the data set of {N} examples")
-        return plain % N  # the index that weights() and clustering know
-
-
-def _join(index: int, sample: Any) -> Any:
-    if isinstance(sample, Mapping):
-        if "index" in sample:
-            raise ValueError(
-                f"sample {index} already has a key 'index', which with_indices would overwrite; rename that key"
-            )
-        return {"index": index, **sample}
-    return (index, *sample) if isinstance(sample, tuple) else (index, sample)
-
-
-def with_indices(dataset: Any) -> IndexedDataset:
-    """A map-style data set whose samples also carry their index, which the weights of a stratified batch need.
-
-    Args:
-        dataset: anything with ``len()`` and integer indexing. Batched fetching (``__getitems__``) is kept.
-
-    Returns:
-        A data set of ``(index, *sample)`` for tuples, ``{"index": index, **sample}`` for dicts, and
-        ``(index, sample)`` for anything else.
-
-    Raises:
-        TypeError: for an iterable data set, which has no stable indices.
-
-    Example:
-        >>> gf.with_indices([("a", 0), ("b", 1)])[1]
-        (1, 'b', 1)
-    """
-    return IndexedDataset(dataset)
 
 
 class StratifiedBatchSampler(Sampler[list[int]]):
@@ -107,6 +43,12 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         num_replicas, rank: of distributed training; by default those of ``torch.distributed`` when it is initialised.
             Ranks split one global batch of ``batch_size * num_replicas``; the weights make the mean of the ranks'
             means unbiased.
+        refresh: ``"auto"``: :meth:`observe` estimates from recorded steps how noisy the sampler's batches are, says by
+            ``needs_snapshot`` when the strata are worth renewing, and goes over to uniform batches before they become
+            noisier than those. None: strata act as long as they are not replaced.
+        refresh_above: variance over a uniform batch's from which a new snapshot is asked for; 0.5 is a batch of twice
+            the size.
+        uniform_above: from which the next epoch is drawn uniformly, until new strata come.
 
     Raises:
         ValueError, TypeError: sizes, ranks or allocations that cannot be; a batch larger than the data set without
@@ -132,12 +74,24 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         seed: int = 0,
         num_replicas: int | None = None,
         rank: int | None = None,
+        *,
+        refresh: str | None = None,
+        refresh_above: float = 0.5,
+        uniform_above: float = 0.8,
     ) -> None:
         self.num_replicas, self.rank = _replicas(num_replicas, rank)
         check_batch(strata, batch_size, allocation, replacement)
+        if refresh not in (None, "auto"):
+            raise ValueError(f"refresh must be 'auto' or None, got {refresh!r}")
+        for name, value in (("refresh_above", refresh_above), ("uniform_above", uniform_above)):
+            if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= 1:
+                raise ValueError(f"{name} must be in (0, 1], a share of a uniform batch's variance, got {value!r}")
+        self.refresh, self.refresh_above, self.uniform_above = refresh, refresh_above, uniform_above
         self.batch_size, self.seed = integer("batch_size", batch_size), integer("seed", seed, 0)
         self.allocation, self.replacement = allocation, replacement
         self._plan = self._plan_for(strata)
+        self._guard = Guard(strata.num_clusters)
+        self._uniform = False  # the plan in force is one stratum, for which the guard left the strata
         self._pending: Plan | None = None  # of strata that act from the next epoch on
         self._running: int | None = None  # the epoch of the latest pass, None until its first batch
         self._next_epoch, self._skip = 0, 0
@@ -206,6 +160,78 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         """:meth:`predicted_variance` as (within strata, between strata); the second is 0 unless batches skip strata."""
         return self._plan.variance_terms()
 
+    def observe(self, rec: record, index: Any, *, group: Any = None) -> float:
+        """Feeds a recorded training step on one of this sampler's batches to ``refresh="auto"``.
+
+        Costs what recording a sketch costs; not every batch has to be observed. The estimate needs no pass over the
+        data: draws of one stratum in different batches tell its variance, weighted norms and the batch's mean the total
+        (the guide's "clustering" page). What the model moves between two observed batches counts as variance, so old
+        strata are never flattered.
+
+        Args:
+            rec: a ``gf.record`` opened with ``sketch=gf.Sketch(...)`` (64 numbers are enough), after the backward of
+                ``(sampler.weights(index) * losses).mean()``.
+            index: [B] data-set indices of the batch, in the order of the record's rows.
+            group: with several replicas, their ``torch.distributed`` process group: all ranks' examples count, and
+                every rank decides alike. All ranks must call it.
+
+        Returns:
+            ``variance_ratio`` after it.
+
+        Raises:
+            ValueError, TypeError, IndexError: a sampler without ``refresh``; a record without sketches; an index that
+                does not fit the record or is no batch of this sampler; gradients that are not finite, with their
+                indices. Nothing has changed then.
+
+        Example:
+            >>> sampler = gf.StratifiedBatchSampler(gf.Strata([0, 0, 1, 1], 2), batch_size=2, refresh="auto")
+            >>> model, sketch = torch.nn.Linear(3, 1), gf.Sketch(dim=64)
+            >>> x = torch.randn(4, 3)
+            >>> for index in sampler:
+            ...     with gf.record(model, sketch=sketch) as rec:
+            ...         (sampler.weights(index) * model(x[index]).square().squeeze(1)).mean().backward()
+            ...     ratio = sampler.observe(rec, index)
+            >>> sampler.needs_snapshot
+            False
+        """
+        if self.refresh is None:
+            raise ValueError("this sampler was made without refresh='auto', so it does not watch its batches")
+        if self.num_replicas > 1 and group is None:
+            raise ValueError(
+                f"observe needs group= with {self.num_replicas} replicas, for example torch.distributed.group.WORLD: "
+                f"every rank must come to the same decision"
+            )
+        weights = self.weights(torch.as_tensor(index).cpu())
+        points, indices = recorded_points(rec, index, len(self.strata), weights, group)
+        if not self._uniform:
+            self._guard.observe(self._plan, points, indices, self.replacement)
+        return self.variance_ratio
+
+    @property
+    def variance_ratio(self) -> float:
+        """Estimated variance of this sampler's batches over a uniform batch's, averaged over about ten observed ones.
+
+        NaN before five of them; 1 while batches are uniform.
+        """
+        return 1.0 if self._uniform else self._guard.ratio
+
+    @property
+    def uniform(self) -> bool:
+        """Whether the current epoch's batches are uniform, because its strata had become too old to help."""
+        return self._uniform
+
+    @property
+    def needs_snapshot(self) -> bool:
+        """Whether new strata are worth a pass over the data (``refresh="auto"``); False once ``set_strata`` has them.
+
+        True while batches are uniform, and where ``variance_ratio`` is above ``refresh_above`` and a quarter above what
+        it was when the strata were new: strata that were no better when fresh are not asked for again.
+        """
+        if self.refresh is None or self._pending is not None:
+            return False
+        ratio = self.variance_ratio
+        return ratio >= self.uniform_above or (ratio > self.refresh_above and ratio >= 1.25 * self._guard.fresh)
+
     def set_strata(self, strata: Strata) -> None:
         """New strata of the same examples, used from the next epoch or explicit ``iter()`` on.
 
@@ -251,6 +277,9 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             "num_replicas": self.num_replicas,
             "allocation": self.allocation,
             "replacement": self.replacement,
+            "refresh": self.refresh,
+            "uniform": self._uniform,
+            "guard": self._guard.state_dict(),
             "strata": self.strata.state_dict(),
             "next_strata": None if self._pending is None else self._pending.strata.state_dict(),
         }
@@ -264,14 +293,16 @@ class StratifiedBatchSampler(Sampler[list[int]]):
         missing = set(self.state_dict(0)) - set(state)
         if missing:
             raise ValueError(f"state has no {sorted(missing)}; pass what StratifiedBatchSampler.state_dict() returned")
-        for name in ("batch_size", "num_replicas", "allocation", "replacement"):
+        for name in ("batch_size", "num_replicas", "allocation", "replacement", "refresh"):
             if state[name] != getattr(self, name):
                 raise ValueError(
                     f"the saved sampler has {name}={state[name]!r}, this one {getattr(self, name)!r}; the batches "
                     f"would differ: make this sampler with the saved value"
                 )
         self.seed = state["seed"]
-        self._plan, self._tables = self._plan_for(Strata.from_state_dict(state["strata"])), {}
+        strata, self._uniform = Strata.from_state_dict(state["strata"]), state["uniform"]
+        self._plan, self._tables = self._uniform_plan(strata) if self._uniform else self._plan_for(strata), {}
+        self._guard = Guard.from_state_dict(state["guard"])
         following = state["next_strata"]
         self._pending = None if following is None else self._plan_for(Strata.from_state_dict(following))
         self._running, self._next_epoch, self._skip = None, state["epoch"], state["batches_done"]
@@ -279,27 +310,26 @@ class StratifiedBatchSampler(Sampler[list[int]]):
             self._next_epoch, self._skip = self._next_epoch + 1, 0
 
     def _plan_for(self, strata: Strata) -> Plan:
-        return Plan(strata, self.batch_size * self.num_replicas, self.allocation, self.replacement)
+        plan = Plan(strata, self.batch_size * self.num_replicas, self.allocation, self.replacement)
+        if self.refresh is not None and plan.take is None:
+            raise ValueError(
+                f"refresh='auto' needs every batch to meet every stratum: batch_size={self.batch_size} is below the "
+                f"{int((plan.counts > 0).sum())} non-empty strata; cluster into fewer, or enlarge the batch"
+            )
+        return plan
+
+    def _uniform_plan(self, strata: Strata) -> Plan:
+        return Plan(strata, self.batch_size * self.num_replicas, "equal", self.replacement)
 
     def _adopt(self) -> None:
         # an epoch that was interrupted and reloaded is finished with the strata it began with
-        if self._pending is not None and not self._skip:
+        if self._skip:
+            return
+        if self._pending is not None:
             self._plan, self._pending, self._tables = self._pending, None, {}
-
-
-def check_index(index: Any, N: int) -> Tensor:
-    """Data-set indices as a tensor of integers; raises for those outside 0..N−1 where that needs no device to wait."""
-    index = torch.as_tensor(index)
-    if index.dtype == torch.bool or index.is_floating_point() or index.is_complex():
-        raise TypeError(f"index must be of integers (data-set indices), got {index.dtype}")
-    if index.device.type == "cpu" and index.numel():
-        low, high = int(index.min()), int(index.max())
-        if low < 0 or high >= N:
-            raise IndexError(
-                f"index {low if low < 0 else high} is outside the {N} examples of the strata; pass the indices that "
-                f"DataLoader(gf.with_indices(dataset)) yields"
-            )
-    return index
+            self._uniform, self._guard = False, Guard(self.strata.num_clusters)
+        elif self.refresh is not None and not self._uniform and self._guard.ratio >= self.uniform_above:
+            self._uniform, self._plan, self._tables = True, self._uniform_plan(one_stratum(self.strata)), {}
 
 
 def _replicas(num_replicas: int | None, rank: int | None) -> tuple[int, int]:

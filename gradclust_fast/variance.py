@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import copy
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,11 +13,11 @@ from torch import nn
 from torch.utils.data import DataLoader, Dataset
 
 from ._passes import Forward, LossFn, model_device, num_examples, untouched
-from ._sums import Difference, GroupedSums, PerParameter, Sums, shapes_of, stream
+from ._sums import Difference, GroupedSums, PerParameter, Sums, shapes_of, snapshot_of, stream
 from .estimators import SVRG, Estimator, Stratified, Uniform, uniform_factor
 from .monte_carlo import monte_carlo_of
-from .report import EstimatorReport, EstimatorRow
-from .selection import Parameters, named_parameters
+from .report import EstimatorReport, EstimatorRow, ParameterVariance
+from .selection import Parameters
 from .strata import Strata
 
 
@@ -187,13 +186,15 @@ def compare_estimators(
     Args:
         model, dataset, loss_fn, batch_size, num_workers, device, collate_fn, forward, parameters, mode: as for
             :func:`gradient_stats`.
-        estimators: ``gf.Uniform``, ``gf.Stratified`` and ``gf.SVRG`` objects; ratios are to the first one's variance.
+        estimators: ``gf.Uniform``, ``gf.Stratified`` (also with ``snapshot=``) and ``gf.SVRG`` objects; ratios are to
+            the first one's variance.
         monte_carlo: also draw this many mini-batches (at least 2) of each and measure around the exact mean, with
             standard errors; 0 for none.
         seed: of those draws.
 
     Returns:
-        An :class:`EstimatorReport`: prints as a table, ``to_csv(path)``, indexes and iterates over rows.
+        An :class:`EstimatorReport`: prints as a table, ``to_csv(path)``, indexes and iterates over rows; every row has
+        ``by_parameter``, which ``report.breakdown()`` prints and ``to_csv(path, by_parameter=True)`` writes.
 
     Raises:
         ValueError, TypeError: as :func:`gradient_stats`; strata of another data set; a snapshot that does not fit.
@@ -219,39 +220,48 @@ def compare_estimators(
         "device": model_device(model) if device is None else torch.device(device),
         "loading": loading,
     }
-    svrg = {id(e.snapshot): e for e in estimators if isinstance(e, SVRG)}
-    differences = {key: Difference(_snapshot(model, e), Sums(shapes)) for key, e in svrg.items()}
+    snapshots = {id(e.snapshot): snapshot_of(model, e) for e in estimators if getattr(e, "snapshot", None) is not None}
+    waiting = {id(e.snapshot) for e in estimators if isinstance(e, SVRG)}
+    changes: dict[int, Sums] = {}  # by snapshot: of the differences to it
     with ExitStack() as stack:
-        for module in [model, *(d.snapshot for d in differences.values())]:
+        for module in [model, *snapshots.values()]:
             stack.enter_context(untouched(module, mode))
         sums: Sums | None = None
         variances: dict[int, tuple[PerParameter, PerParameter | None]] = {}
-        waiting = list(differences.values())
         for strata in _distinct_strata(estimators):
             own = [e for e in estimators if isinstance(e, Stratified) and e.strata is strata]
-            grouped = GroupedSums(shapes, [e.plan for e in own])
+            by_snapshot: dict[int | None, list[Stratified]] = {None: []}
+            for e in own:
+                by_snapshot.setdefault(None if e.snapshot is None else id(e.snapshot), []).append(e)
+            grouped = {key: GroupedSums(shapes, strata, [e.plan for e in es]) for key, es in by_snapshot.items()}
+            seen: dict[int, Sums] = {key: each for key, each in grouped.items() if key is not None}
+            seen |= {key: Sums(shapes) for key in waiting - set(seen)}
+            differences = [Difference(snapshots[key], each) for key, each in seen.items()]
             groups = own[0].plan.order.tolist()
             groups = [groups[start : start + batch_size] for start in range(0, N, batch_size)]
-            stream(model, dataset, grouped, waiting, groups=groups, **common)
-            variances.update((id(e), grouped.variance_of(i)) for i, e in enumerate(own))
-            sums, waiting = sums or grouped, []
+            stream(model, dataset, grouped[None], differences, groups=groups, **common)
+            for key, es in by_snapshot.items():
+                variances.update((id(e), grouped[key].variance_of(i)) for i, e in enumerate(es))
+            sums, waiting, changes = sums or grouped[None], set(), {**changes, **seen}
         if sums is None:
-            sums = Sums(shapes)
-            stream(model, dataset, sums, waiting, **common)
+            sums, changes = Sums(shapes), {key: Sums(shapes) for key in waiting}
+            stream(model, dataset, sums, [Difference(snapshots[key], each) for key, each in changes.items()], **common)
+        of_change = {key: each.centred(N) for key, each in changes.items()}
         stats = _stats(sums, N, _mode_notes(model, mode))
         rows = []
         for position, estimator in enumerate(estimators):
-            snapshot, offset = None, None
             if isinstance(estimator, Stratified):
                 variance, between = variances[id(estimator)]
             elif isinstance(estimator, Uniform):
                 of_one, between = stats.coordinate_variance, None
                 if isinstance(estimator, SVRG):
-                    difference = differences[id(estimator.snapshot)]
-                    change, of_one = difference.sums.centred(N)
-                    snapshot = difference.snapshot
-                    offset = {name: stats.mean[name] - change[name] for name in change}
+                    of_one = of_change[id(estimator.snapshot)][1]
                 variance = {name: estimator.factor(N) * value for name, value in of_one.items()}
+            key = id(getattr(estimator, "snapshot", None))
+            snapshot = snapshots.get(key)
+            offset = (
+                None if snapshot is None else {n: stats.mean[n] - change for n, change in of_change[key][0].items()}
+            )
             row = _row(estimator, variance, between, stats)
             if monte_carlo:
                 row.monte_carlo = monte_carlo_of(
@@ -269,6 +279,8 @@ def compare_estimators(
     first = rows[0].variance
     for row in rows:
         row.ratio = _ratio(row.variance, first)
+        for name, part in row.by_parameter.items():
+            part.ratio = _ratio(part.variance, rows[0].by_parameter[name].variance)
     return EstimatorReport(rows, stats)
 
 
@@ -310,6 +322,10 @@ def _row(
     variance = within if between is None else {name: within[name] + between[name] for name in within}
     total = math.fsum(float(v.sum()) for v in variance.values())
     paper, left_out = normalized(variance, stats.mean)
+    by_parameter = {
+        name: ParameterVariance(v.numel(), float(v.sum()), *normalized({name: v}, stats.mean))
+        for name, v in variance.items()
+    }
     return EstimatorRow(
         name=estimator.name,
         batch_size=estimator.batch_size,
@@ -320,6 +336,7 @@ def _row(
         normalized_variance=paper,
         left_out=left_out,
         aggregate_normalized_variance=_ratio(total, total + stats.gradient_sqnorm),
+        by_parameter=by_parameter,
     )
 
 
@@ -342,35 +359,6 @@ def _checked(estimators: Sequence[Estimator], N: int, monte_carlo: int) -> list[
 
 def _distinct_strata(estimators: Sequence[Estimator]) -> list[Strata]:
     return list({id(e.strata): e.strata for e in estimators if isinstance(e, Stratified)}.values())
-
-
-def _snapshot(model: nn.Module, estimator: SVRG) -> nn.Module:
-    snapshot = estimator.snapshot
-    if isinstance(snapshot, Mapping):
-        copied = copy.deepcopy(model)
-        try:
-            copied.load_state_dict(snapshot)
-        except RuntimeError as error:
-            raise ValueError(f"{estimator.name}: snapshot is not a state_dict of this model: {error}") from error
-        return copied
-    shared = {id(p) for p in model.parameters()} & {id(p) for p in snapshot.parameters()}
-    if shared:
-        raise ValueError(
-            f"{estimator.name}: snapshot shares {len(shared)} parameters with the model, so nothing would differ; take "
-            f"it with copy.deepcopy(model)"
-        )
-    shapes = [{e.name: e.parameter.shape for e in named_parameters(module)} for module in (model, snapshot)]
-    if shapes[0] != shapes[1]:
-        name = next(name for name in {**shapes[0], **shapes[1]} if shapes[0].get(name) != shapes[1].get(name))
-        raise ValueError(
-            f"{estimator.name}: snapshot is not a copy of this model: {name} is {_size(shapes[1], name)} there and "
-            f"{_size(shapes[0], name)} here; take it with copy.deepcopy(model)"
-        )
-    return snapshot
-
-
-def _size(shapes: dict[str, torch.Size], name: str) -> str:
-    return str(list(shapes[name])) if name in shapes else "missing"
 
 
 def _mode_notes(model: nn.Module, mode: str) -> tuple[str, ...]:

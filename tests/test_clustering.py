@@ -393,8 +393,7 @@ def test_progress_is_shown_on_a_terminals_stderr_only(capsys, monkeypatch, termi
     [
         ({"K": 0}, ValueError, "num_clusters must be at least 1, got 0"),
         ({"K": "8"}, TypeError, "num_clusters must be an integer, got '8'"),
-        ({"method": "kmeans"}, ValueError, "method must be one of 'exact', 'factored', got 'kmeans'"),
-        ({"method": "online"}, ValueError, "method must be one of 'exact', 'factored', got 'online'"),
+        ({"method": "kmeans"}, ValueError, "method must be one of 'exact', 'factored', 'online', got 'kmeans'"),
         ({"model": 3}, TypeError, "model must be a torch.nn.Module, got int"),
         ({"sketch": 256}, TypeError, "sketch must be a gf.Sketch, got int"),
         ({"rounds": 3}, ValueError, "rounds is not an option of method='exact', which has max_sweeps, tol"),

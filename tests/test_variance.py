@@ -294,6 +294,122 @@ def test_svrg_is_zero_at_its_snapshot_and_matches_brute_force_away_from_it():
         assert pair[1].ratio == pytest.approx(0.5)
 
 
+@pytest.mark.parametrize("make", [*MODELS, pytest.param(lambda: cnn_of_groups(), id="groups")])
+def test_svrg_on_strata_matches_brute_force(make):
+    model = make()
+    data = data_for(model)
+    snapshots = [copy.deepcopy(model), copy.deepcopy(model)]
+    for seed, moved in enumerate([model, snapshots[1]]):
+        generator = torch.Generator().manual_seed(seed)
+        with torch.no_grad():
+            for p in moved.parameters():
+                p += 0.1 * torch.randn(p.shape, generator=generator, dtype=p.dtype)
+    D = [gradients(model, data) - gradients(snapshot, data) for snapshot in snapshots]
+    labels = [torch.arange(23) % 4, torch.arange(23) // 5]
+    one, other = gf.Strata.from_points(D[0], labels[0], 5), gf.Strata(labels[1], 5)
+    estimators = [
+        gf.Uniform(4),
+        gf.Stratified(one, snapshot=snapshots[0]),
+        gf.Stratified(other, 9, "proportional", snapshot=snapshots[0].state_dict()),
+        gf.Stratified(one, 9, "neyman", replacement=True, snapshot=snapshots[1]),
+        gf.Stratified(one, 2, snapshot=snapshots[0]),  # batches that skip strata
+        gf.Stratified(one),
+        gf.SVRG(4, snapshots[0]),
+    ]
+    report = gf.compare_estimators(model, data, loss_fn, estimators, batch_size=6)
+    for position, snapshot in zip((1, 2, 3), (0, 0, 1)):
+        row, estimator = report[position], estimators[position]
+        assert row.variance == pytest.approx(_within(estimator, D[snapshot]), rel=1e-9)
+        assert row.gradients_per_step == 2 * estimator.batch_size
+    skipping = gf.Stratified(one, 2)  # whose strata carry the differences' variances and means
+    assert report[4].variance == pytest.approx(sum(skipping.plan.variance_terms()), rel=1e-8)
+    assert report[4].between_strata > 0
+    # the others are what they are without it
+    plain = gf.compare_estimators(model, data, loss_fn, [estimators[0], *estimators[5:]], batch_size=6)
+    for position, row in zip((0, 5, 6), plain):
+        assert report[position].variance == pytest.approx(row.variance, rel=1e-12)
+    # normalized by the gradient of the model itself
+    mean = gradients(model, data).mean(0)
+    V = torch.zeros_like(mean)
+    for k in range(4):
+        part = D[0][labels[0] == k]
+        V += (len(part) / 23) ** 2 * (part - part.mean(0)).square().mean(0)
+    there = V + mean.square() > 0
+    expected = float((V[there] / (V + mean.square())[there]).mean())
+    assert report[1].normalized_variance == pytest.approx(expected, rel=1e-8)
+
+
+def _within(estimator, rows):
+    labels, total = estimator.strata.labels, 0.0
+    for k, factor in enumerate(estimator.plan.within_factor):
+        own = rows[labels == k]
+        total += float(factor) * float((own - own.mean(0)).square().sum(1).mean()) if len(own) else 0.0
+    return total
+
+
+def cnn_of_groups():
+    torch.manual_seed(2)
+    first = nn.Conv2d(2, 4, 3, groups=2)
+    return nn.Sequential(first, nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3)).double()
+
+
+def test_svrg_on_strata_has_no_variance_at_its_snapshot():
+    model = mlp()
+    strata = gf.Strata(torch.arange(23) % 4, 4)
+    estimators = [gf.Uniform(4), gf.Stratified(strata, snapshot=copy.deepcopy(model))]
+    report = gf.compare_estimators(model, data_for(model), loss_fn, estimators)
+    assert abs(report[1].variance) <= 1e-25 and "SVRG" in report[1].name
+    with pytest.raises(ValueError, match="shares 4 parameters"):
+        gf.compare_estimators(model, data_for(model), loss_fn, [gf.Stratified(strata, snapshot=model)])
+    with pytest.raises(TypeError, match="snapshot must be"):
+        gf.Stratified(strata, snapshot=3)
+
+
+def test_every_parameter_has_its_share_of_every_estimator():
+    model = mlp()
+    data = data_for(model)
+    snapshot = copy.deepcopy(model)
+    with torch.no_grad():
+        for p in model.parameters():
+            p += 0.1 * torch.randn_like(p)
+    G, labels = gradients(model, data), torch.arange(23) % 4
+    strata = gf.Strata(labels, 4)
+    estimators = [gf.Uniform(4), gf.Stratified(strata), gf.SVRG(4, snapshot), gf.Stratified(strata, snapshot=snapshot)]
+    report = gf.compare_estimators(model, data, loss_fn, estimators, batch_size=6)
+    start = 0
+    for name, p in model.named_parameters():
+        own = G[:, start : start + p.numel()]
+        start += p.numel()
+        sigma = (own - own.mean(0)).square().mean(0) / 4
+        parts = [row.by_parameter[name] for row in report]
+        assert parts[0].variance == pytest.approx(float(sigma.sum()), rel=1e-9)
+        assert parts[0].variance_per_coordinate == pytest.approx(float(sigma.mean()), rel=1e-9)
+        second = sigma + own.mean(0).square()
+        there = second > 0
+        assert parts[0].normalized_variance == pytest.approx(float((sigma[there] / second[there]).mean()), rel=1e-8)
+        assert parts[0].left_out == int((~there).sum()) and parts[0].num_coordinates == p.numel()
+        within = gf.Strata.from_points(own, labels, 4).distortion / 23**2
+        assert parts[1].variance == pytest.approx(within, rel=1e-9)
+        assert parts[1].ratio == pytest.approx(parts[1].variance / parts[0].variance)
+        assert name in report.breakdown()
+    for row in report:
+        assert sum(part.variance for part in row.by_parameter.values()) == pytest.approx(row.variance, rel=1e-12)
+
+
+def test_breakdown_as_csv(tmp_path):
+    model = mlp()
+    report = gf.compare_estimators(model, data_for(model), loss_fn, [gf.Uniform(4), gf.Uniform(8)])
+    report.to_csv(tmp_path / "parts.csv", by_parameter=True)
+    with open(tmp_path / "parts.csv", newline="") as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["name"], line["parameter"]) for line in lines[:2]] == [
+        ("Uniform(4)", "0.weight"),
+        ("Uniform(4)", "0.bias"),
+    ]
+    assert len(lines) == 8 and float(lines[4]["ratio"]) == pytest.approx(0.5)
+    assert report.breakdown().count("0.500") >= 4
+
+
 def test_svrg_quadruples_when_the_distance_doubles_on_least_squares():
     model = nn.Linear(6, 1).double()
     data = TensorDataset(torch.randn(30, 6, dtype=torch.float64), torch.randn(30, dtype=torch.float64))
@@ -324,6 +440,8 @@ def test_monte_carlo_agrees_with_the_exact_figures():
         gf.Stratified(strata),
         gf.Stratified(strata, 3),
         gf.Stratified(strata, 11, "neyman"),
+        gf.Stratified(strata, snapshot=snapshot),
+        gf.Stratified(strata, 3, snapshot=snapshot),
         gf.SVRG(4, snapshot),
     ]
     report = gf.compare_estimators(model, data, loss_fn, estimators, monte_carlo=150, seed=1, batch_size=8)

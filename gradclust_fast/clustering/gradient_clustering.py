@@ -12,6 +12,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from .._arguments import integer
 from .._passes import Forward, LossFn, batches, check_finite, losses_of, model_device, num_examples, untouched
+from .._recorded import recorded_points
 from ..layers import Factors
 from ..recording import record
 from ..sampling import Strata
@@ -21,7 +22,7 @@ from ..watching import Watch
 from ._progress import Advance, progress_bar
 from .exact import balanced_labels, check_fraction, cluster_points
 from .factored import Distances, Rank1Centers, refill_smallest
-from .online import RunningClusters, distinct, recorded_points
+from .online import RunningClusters, distinct
 from .sketches import Sketches, merge_equal_rows
 
 OPTIONS: dict[str, dict[str, Any]] = {
