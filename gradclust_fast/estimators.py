@@ -22,6 +22,8 @@ class Estimator:
     name: str
     batch_size: int
     gradients_per_step: int
+    snapshot: nn.Module | Mapping[str, Any] | None = None
+    """Of estimators that take differences to the gradients at earlier parameters."""
 
     def prepare(self, N: int) -> None:
         """Raises when no batch can be drawn from N examples."""

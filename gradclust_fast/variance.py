@@ -220,7 +220,7 @@ def compare_estimators(
         "device": model_device(model) if device is None else torch.device(device),
         "loading": loading,
     }
-    snapshots = {id(e.snapshot): snapshot_of(model, e) for e in estimators if getattr(e, "snapshot", None) is not None}
+    snapshots = {id(e.snapshot): snapshot_of(model, e) for e in estimators if e.snapshot is not None}
     waiting = {id(e.snapshot) for e in estimators if isinstance(e, SVRG)}
     changes: dict[int, Sums] = {}  # by snapshot: of the differences to it
     with ExitStack() as stack:
@@ -257,7 +257,7 @@ def compare_estimators(
                 if isinstance(estimator, SVRG):
                     of_one = of_change[id(estimator.snapshot)][1]
                 variance = {name: estimator.factor(N) * value for name, value in of_one.items()}
-            key = id(getattr(estimator, "snapshot", None))
+            key = id(estimator.snapshot)
             snapshot = snapshots.get(key)
             offset = (
                 None if snapshot is None else {n: stats.mean[n] - change for n, change in of_change[key][0].items()}
