@@ -10,6 +10,10 @@
 
 #include "ceilings.h"
 #include "cluster.h"
+#include "conv_dot.h"
+#include "conv_gram.h"
+#include "conv_moments.h"
+#include "conv_sketch.h"
 #include "conv_sqnorm.h"
 #include "embedding.h"
 #include "grad_gram.h"
@@ -121,6 +125,23 @@ void bind_cluster(py::module_& m) {
 void bind_conv(py::module_& m) {
   m.def("conv_sqnorm_cpu", [](const ConvTuple& f, int route, uintptr_t out, int threads) {
     PICK(conv_sqnorm_cpu)(conv(f), ConvRoute(route), pointer(out), threads);
+  }, nogil());
+  m.def("conv_gram_cpu", [](const ConvTuple& f, int route, uintptr_t out, int threads) {
+    PICK(conv_gram_cpu)(conv(f), GradientRoute(route), pointer(out), threads);
+  }, nogil());
+  m.def("conv_moments_cpu", [](const ConvTuple& f, int route, uintptr_t first, uintptr_t second, int threads) {
+    PICK(conv_moments_cpu)(conv(f), GradientRoute(route), pointer(first), pointer(second), threads);
+  }, nogil());
+  // sides: (left, right, P, Q)
+  m.def("conv_sketch_cpu", [](const ConvTuple& f, const std::array<int64_t, 4>& s, int route, uintptr_t out, int threads) {
+    Sides sides{pointer(uintptr_t(s[0])), pointer(uintptr_t(s[1])), s[2], s[3]};
+    PICK(conv_sketch_cpu)(conv(f), sides, SketchRoute(route), pointer(out), threads);
+  }, nogil());
+  // centers: (grad, act, K, rank)
+  m.def("conv_dot_cpu", [](const ConvTuple& f, const std::array<int64_t, 4>& c, bool filters, int route, uintptr_t out,
+                           int threads) {
+    Centers centers{pointer(uintptr_t(c[0])), pointer(uintptr_t(c[1])), c[2], c[3]};
+    PICK(conv_dot_cpu)(conv(f), centers, filters, GradientRoute(route), pointer(out), threads);
   }, nogil());
 }
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 
 import gradclust_fast as gf
 from bench.harness import Case
+from gradclust_fast.ops._conv_routes import layer_of
 
 from ._conv import Layer
 
@@ -27,9 +28,9 @@ def cases() -> Iterator[Case]:
     for sizes in LAYERS:
         layer = Layer(**sizes)
         padding = [layer.padding] * 4
-        route, _ = module.choose(
-            layer.act, layer.grad, [layer.kernel_size] * 2, [layer.stride] * 2, padding, [1, 1], layer.groups, False
-        )
+        sizes = ([layer.kernel_size] * 2, [layer.stride] * 2, padding, [1, 1], layer.groups, False)
+        work = module.costs(layer_of(layer.act, layer.grad, sizes))
+        route = min(work, key=work.__getitem__)
         gram = layer.B * layer.T**2 * (layer.C * layer.stride**2 + layer.O)
         yield Case(
             "conv_sqnorm",

@@ -1,5 +1,5 @@
-// ‖G_b‖² of a convolution with few output channels a group (depthwise above all): G_b's entries one pair of channels at
-// a time, each kernel element a short correlation of two images.
+// G_b of a convolution with few output channels a group (depthwise above all): its entries one pair of channels at a
+// time, each kernel element a short correlation of two images.
 //
 // v1  Lanes run along the image's rows. One vector of grad meets up to 9 displaced vectors of the padded channel, so a
 //     3×3 kernel loads 10 vectors for 9 multiply-adds. Strided columns are split into phases when the channel is packed,
@@ -77,49 +77,45 @@ template <typename in_t> void pack_channel(const ConvFactors& f, const Correlate
   }
 }
 
-template <typename in_t> acc_t<in_t> correlate_sqnorm(const ConvFactors& f, const CorrelatePlan& p, int64_t b) {
+// Row o of G_b, channels c0 … c0 + C of its group: emit(column, entry), the bias as the column after the last.
+template <typename in_t, typename Emit>
+void correlate_row(const ConvFactors& f, const CorrelatePlan& p, int64_t b, int64_t o, int64_t c0, int64_t C, bool bias,
+                   Emit&& emit) {
   using acc = acc_t<in_t>;
   const int L = LANES<acc>;
   Workspace& work = thread_workspace();
   work.reserve(p.bytes);
   acc* channel = work.take<acc>(p.rows * p.columns);
   acc* rows = work.take<acc>(p.outer * p.width);
+  const in_t* grad = static_cast<const in_t*>(f.grad) + b * f.grad_stride[0] + o * f.grad_stride[1];
   acc total = 0;
-  for (int64_t o = 0; o < f.O; ++o) {
-    const in_t* grad = static_cast<const in_t*>(f.grad) + b * f.grad_stride[0] + o * f.grad_stride[1];
-    acc bias = 0;
-    for (int64_t i = 0; i < p.outer; ++i) {
-      const in_t* row = grad + i / f.out[1] * f.grad_stride[2] + i % f.out[1] * f.grad_stride[3];
-      acc* out = rows + i * p.width;
-      for (int64_t x = 0; x < f.out[2]; ++x) out[x] = load(row[x * f.grad_stride[4]]);
-      for (int64_t x = f.out[2]; x < p.width; ++x) out[x] = acc(0);
-      if (f.bias)
-        for (int64_t x = 0; x < f.out[2]; ++x) bias += out[x];
-    }
-    total += bias * bias;
-    for (int64_t c = 0; c < p.C; ++c) {
-      // With several output channels a group the channel is packed again for each: cheaper than keeping all of them.
-      pack_channel<in_t>(f, p, b, o / p.O * p.C + c, channel);
-      for (int64_t e = 0; e < p.kernel; e += TAPS) {
-        const acc* tap[TAPS];
-        vec_t<acc> sum[TAPS] = {};
+  for (int64_t i = 0; i < p.outer; ++i) {
+    const in_t* row = grad + i / f.out[1] * f.grad_stride[2] + i % f.out[1] * f.grad_stride[3];
+    acc* out = rows + i * p.width;
+    for (int64_t x = 0; x < f.out[2]; ++x) out[x] = load(row[x * f.grad_stride[4]]);
+    for (int64_t x = f.out[2]; x < p.width; ++x) out[x] = acc(0);
+    if (bias)
+      for (int64_t x = 0; x < f.out[2]; ++x) total += out[x];
+  }
+  if (bias) emit(C * p.kernel, total);
+  for (int64_t c = 0; c < C; ++c) {
+    // With several output channels a group the channel is packed again for each: cheaper than keeping all of them.
+    pack_channel<in_t>(f, p, b, o / p.O * p.C + c0 + c, channel);
+    for (int64_t e = 0; e < p.kernel; e += TAPS) {
+      const acc* tap[TAPS];
+      vec_t<acc> sum[TAPS] = {};
 #pragma GCC unroll 9
-        for (int k = 0; k < TAPS; ++k) tap[k] = channel + p.tap[e + k];
-        for (int64_t i = 0; i < p.outer; ++i)
-          for (int64_t x = 0; x < p.width; x += L) {
-            vec_t<acc> d = load_vec(rows + i * p.width + x);
-            int64_t offset = p.row_offset[i] + x;
+      for (int k = 0; k < TAPS; ++k) tap[k] = channel + p.tap[e + k];
+      for (int64_t i = 0; i < p.outer; ++i)
+        for (int64_t x = 0; x < p.width; x += L) {
+          vec_t<acc> d = load_vec(rows + i * p.width + x);
+          int64_t offset = p.row_offset[i] + x;
 #pragma GCC unroll 9
-            for (int k = 0; k < TAPS; ++k) sum[k] += d * load_vec(tap[k] + offset);
-          }
-        for (int k = 0; k < least(TAPS, p.kernel - e); ++k) {
-          acc G = sum_lanes<acc>(sum[k]);
-          total += G * G;
+          for (int k = 0; k < TAPS; ++k) sum[k] += d * load_vec(tap[k] + offset);
         }
-      }
+      for (int k = 0; k < min_of(TAPS, p.kernel - e); ++k) emit(c * p.kernel + e + k, sum_lanes<acc>(sum[k]));
     }
   }
-  return total;
 }
 
 }  // namespace

@@ -3,9 +3,60 @@
 
 #include "conv_correlate.h"
 #include "conv_direct.h"
-#include "conv_gram.h"
+#include "conv_sqnorm_gram.h"
 
 namespace gradclust::GRADCLUST_ISA {
+namespace {
+
+template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const DirectPlan& p, int64_t b) {
+  using acc = acc_t<in_t>;
+  constexpr int64_t N = TILE_WIDTH<acc>;
+  const int L = LANES<acc>;
+  const bool several = p.blocks() > 1;  // with one block of positions, one tile is used again and again
+  const int64_t tiles = several ? round_up(p.I, TILE_ROWS) : TILE_ROWS;
+  Workspace& work = thread_workspace();
+  work.reserve(Workspace::bytes<acc>(p.C * p.plane) + Workspace::bytes<acc>(p.T * N) + Workspace::bytes<acc>(tiles * N));
+  acc* planes = work.take<acc>(p.C * p.plane);
+  acc* lanes = work.take<acc>(p.T * N);
+  acc* panel = work.take<acc>(tiles * N);
+  vec_t<acc> total[TILE_VECTORS] = {};
+  auto add_squares = [&](const acc* row) {
+    for (int v = 0; v < TILE_VECTORS; ++v) {
+      vec_t<acc> G = load_vec(row + v * L);
+      total[v] += G * G;
+    }
+  };
+  for (int64_t g = 0; g < f.groups; ++g) {
+    pack_planes<in_t>(f, p, b, g * p.C, p.C, planes);
+    for (int64_t o = 0; o < p.O; o += N) {
+      pack_lanes<in_t>(f, b, g * p.O + o, min_of(N, p.O - o), lanes);
+      if (f.bias) {
+        sum_lanes_over_positions(lanes, p.T, panel);
+        add_squares(panel);
+      }
+      for (int64_t begin = 0; begin < p.outer; begin += p.block)
+        for (int64_t i = 0; i < p.I; i += TILE_ROWS) {
+          const acc* a[TILE_ROWS];
+          column_pointers(p, planes, i, p.I, a);
+          acc* tile = several ? panel + i * N : panel;
+          multiply<acc>(tile, N, begin > 0, a, p.row_offset + begin, min_of(p.block, p.outer - begin), p.inner,
+                        f.stride[2], lanes + begin * p.inner * N);
+          if (begin + p.block >= p.outer)
+            for (int r = 0; r < min_of(TILE_ROWS, p.I - i); ++r) add_squares(tile + r * N);
+        }
+    }
+  }
+  return sum_lanes<acc>(total[0] + total[1]);
+}
+
+template <typename in_t> acc_t<in_t> correlate_sqnorm(const ConvFactors& f, const CorrelatePlan& p, int64_t b) {
+  acc_t<in_t> total = 0;
+  for (int64_t o = 0; o < f.O; ++o)
+    correlate_row<in_t>(f, p, b, o, 0, p.C, f.bias, [&](int64_t, acc_t<in_t> G) { total += G * G; });
+  return total;
+}
+
+}  // namespace
 
 void conv_sqnorm_cpu(const ConvFactors& f, ConvRoute route, void* out, int threads) {
   dispatch(f.dtype, [&](auto zero) {

@@ -6,19 +6,49 @@ An op takes ``kernel_size``, ``stride`` and ``dilation`` with one entry a spatia
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+import math
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 
 import torch
 import torch.nn.functional as F
 
 from ._checks import FLOATS, check_auxiliary, check_like, shape
 
+if TYPE_CHECKING:
+    from typing_extensions import Required
+
 GEOMETRY = "int[] kernel_size, int[] stride, int[] padding, int[] dilation, int groups, bool bias"
 """The part of a conv op's schema that follows its tensors."""
+
+
+class Geometry(NamedTuple):
+    """The arguments of a conv op that follow its tensors."""
+
+    kernel_size: Sequence[int]
+    stride: Sequence[int]
+    padding: Sequence[int]
+    dilation: Sequence[int]
+    groups: int
+    bias: bool
+
 
 PADDING_MODES = ("zeros", "circular", "reflect", "replicate")
 
 Ints = int | Sequence[int]
+
+
+class LayerArguments(TypedDict, total=False):
+    """The keyword arguments of the public conv functions: the layer's own."""
+
+    kernel_size: Required[Ints]
+    stride: Ints
+    padding: Ints | str
+    dilation: Ints
+    groups: int
+    bias: bool
+    padding_mode: str
 
 
 def prepare(
@@ -53,6 +83,18 @@ def prepare(
     return act, grad, *tensors, kernel_size, stride, pads, dilation, groups, bias
 
 
+Public = TypeVar("Public", bound=Callable[..., Any])
+
+
+def with_layer_arguments(function: Public) -> Public:
+    """Decorator of a public conv function: its signature names what ``**layer`` takes, for ``help`` and ``explain``."""
+    own = [p for p in inspect.signature(function).parameters.values() if p.kind is not p.VAR_KEYWORD]
+    layer = [p for p in inspect.signature(prepare).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    signature = inspect.signature(function).replace(parameters=[*own, *layer])
+    function.__signature__ = signature  # type: ignore[attr-defined]
+    return function
+
+
 def reversed_pairs(pads: Sequence[int]) -> list[int]:
     """[before, after] from the first spatial dimension on → torch.nn.functional.pad's order, from the last on."""
     return [pad for i in range(len(pads) - 2, -1, -2) for pad in pads[i : i + 2]]
@@ -82,17 +124,9 @@ def _pads(padding: Ints | str, kernel_size: list[int], stride: list[int], dilati
     return [pad for p in _ints("padding", padding, len(kernel_size), 0) for pad in (p, p)]
 
 
-def check_conv(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-) -> None:
+def check_conv(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> None:
     """act [B, C_in, *spatial] and grad [B, C_out, *out_spatial] fit each other and the geometry."""
+    kernel_size, stride, padding, dilation, groups, _ = Geometry(*geometry)
     for name, tensor in (("act", act), ("grad", grad)):
         if tensor.dtype not in FLOATS:
             raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
@@ -144,25 +178,18 @@ def out_size(
     ]
 
 
-def features(act: torch.Tensor, kernel_size: Sequence[int], groups: int, bias: bool) -> int:
+def features(act: torch.Tensor, *geometry: Any) -> int:
     """Columns of G_b: I = C_in/groups · prod(kernel_size), and one more with bias."""
-    I = act.shape[1] // groups
-    for k in kernel_size:
-        I *= k
-    return I + bool(bias)
+    kernel_size, _, _, _, groups, bias = Geometry(*geometry)
+    return act.shape[1] // groups * math.prod(kernel_size) + bool(bias)
 
 
 def check_conv_sides(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    groups: int,
-    bias: bool,
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
 ) -> None:
     """left [O, P] and right [I (+ 1), Q]; None is the identity."""
-    I = features(act, kernel_size, groups, bias)
+    check_conv(act, grad, *geometry)
+    I, bias = features(act, *geometry), geometry[-1]
     for name, side, size, what in (
         ("left", left, grad.shape[1], "grad's channels"),
         ("right", right, I, f"C_in/groups · prod(kernel_size){' + 1 for the bias' if bias else ''}"),
@@ -178,16 +205,11 @@ def check_conv_sides(
 
 
 def check_conv_centers(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    center_grad: torch.Tensor,
-    center_act: torch.Tensor,
-    kernel_size: Sequence[int],
-    groups: int,
-    bias: bool,
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
 ) -> None:
     """center_grad [K, O] and center_act [K, I (+ 1)], or both with a rank dimension in the middle."""
-    O, I = grad.shape[1], features(act, kernel_size, groups, bias)
+    check_conv(act, grad, *geometry)
+    O, I, bias = grad.shape[1], features(act, *geometry), geometry[-1]
     if center_grad.dim() not in (2, 3) or center_grad.shape[-1] != O:
         raise ValueError(f"center_grad must be [K, {O}] or [K, r, {O}] (grad's channels), got {shape(center_grad)}")
     expected = [*center_grad.shape[:-1], I]

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._conv import GEOMETRY, Ints, check_conv, check_conv_centers, prepare
+from ._conv import GEOMETRY, LayerArguments, check_conv_centers, prepare, with_layer_arguments
+from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@with_layer_arguments
 def conv_dot(
     act: torch.Tensor,
     grad: torch.Tensor,
     center_grad: torch.Tensor,
     center_act: torch.Tensor,
-    *,
-    kernel_size: Ints,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_mode: str = "zeros",
+    **layer: Unpack[LayerArguments],
 ) -> torch.Tensor:
     """Inner products ⟨G_b, C_k⟩ of every example's weight gradient of a convolution with K factored centres.
 
@@ -59,31 +57,9 @@ def conv_dot(
             grad,
             center_grad,
             center_act,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
+            **layer,
         )
     )
-
-
-def _check(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    center_grad: torch.Tensor,
-    center_act: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-) -> None:
-    check_conv(act, grad, kernel_size, stride, padding, dilation, groups, bias)
-    check_conv_centers(act, grad, center_grad, center_act, kernel_size, groups, bias)
 
 
 def _fake(act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, *_: object) -> torch.Tensor:
@@ -92,8 +68,64 @@ def _fake(act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, *_: 
 
 _op = Op(
     f"conv_dot(Tensor act, Tensor grad, Tensor center_grad, Tensor center_act, {GEOMETRY}) -> Tensor",
-    check=_check,
+    check=check_conv_centers,
     fake=_fake,
     reference=reference.conv_dot.conv_dot,
     prepare=prepare,
 )
+
+
+def costs(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> dict[str, float]:
+    """Work of each route for one example, in FLOP at the direct route's speed."""
+    layer = layer_of(act, grad, geometry)
+    groups, T, O, I = layer.groups, layer.T, layer.O, layer.columns
+    columns, K = center_grad.shape[:-1].numel(), center_grad.shape[0]
+    entries = groups * lanes(O) * I
+    products = 2 * entries * K + 4 * entries * columns / act.shape[0]
+    work = {route: cost + products for route, cost in gradient_costs(layer).items()}
+    work["filters"] = groups * T * (2 * lanes(columns) * (I + O + 4) + 24 * (layer.C + O))
+    return work
+
+
+def _empty(*tensors: torch.Tensor) -> bool:
+    return not all(each.numel() for each in tensors)
+
+
+def _cpu_route(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> str:
+    if _empty(act, grad, center_grad, center_act):
+        return "nothing to sum"
+    return describe(costs(act, grad, center_grad, center_act, *geometry))
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def conv_dot_cpu(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> torch.Tensor:
+    if _empty(act, grad, center_grad, center_act):
+        return _op.reference(act, grad, center_grad, center_act, *geometry)
+    route = cheapest(costs(act, grad, center_grad, center_act, *geometry))
+    return by_route(route, act, grad, center_grad, center_act, *geometry)
+
+
+def by_route(
+    route: str,
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    center_grad: torch.Tensor,
+    center_act: torch.Tensor,
+    *geometry: Any,
+) -> torch.Tensor:
+    """The C++ kernel by a route of one's own choice, ``filters`` or one through G_b; nothing may be empty."""
+    out = _fake(act, grad, center_grad)
+    D, A = (side.to(out.dtype).contiguous() for side in (center_grad, center_act))
+    rank = D.shape[1] if D.dim() == 3 else 1
+    centers = (D.data_ptr(), A.data_ptr(), D.shape[0], rank)
+    filters = route == "filters"
+    how = 0 if filters else GRADIENT_ROUTES.index(route)
+    factors = _native.conv(act, grad, *geometry)
+    _native._C.conv_dot_cpu(factors, centers, filters, how, out.data_ptr(), _native.num_threads())
+    return out

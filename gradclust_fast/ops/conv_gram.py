@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING, Any
+
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._conv import GEOMETRY, Ints, check_conv, prepare
+from ._conv import GEOMETRY, LayerArguments, check_conv, prepare, with_layer_arguments
+from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@with_layer_arguments
 def conv_gram(
     act: torch.Tensor,
     grad: torch.Tensor,
-    *,
-    kernel_size: Ints,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_mode: str = "zeros",
+    **layer: Unpack[LayerArguments],
 ) -> torch.Tensor:
     """Inner products ⟨G_b, G_c⟩ of all pairs of per-example weight gradients of a convolution.
 
@@ -51,13 +51,7 @@ def conv_gram(
         *prepare(
             act,
             grad,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
+            **layer,
         )
     )
 
@@ -73,3 +67,25 @@ _op = Op(
     reference=reference.conv_gram.conv_gram,
     prepare=prepare,
 )
+
+
+def _cpu_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
+    if not act.numel() or not grad.numel():
+        return "nothing to sum"
+    route = describe(gradient_costs(layer_of(act, grad, geometry)))
+    return f"through G_b, some channels of all examples at a time; {route}"
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def conv_gram_cpu(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
+    if not act.numel() or not grad.numel():
+        return _op.reference(act, grad, *geometry)
+    return by_route(cheapest(gradient_costs(layer_of(act, grad, geometry))), act, grad, *geometry)
+
+
+def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
+    """The C++ kernel by a route of one's own choice; nothing may be empty."""
+    out = _fake(act)
+    factors = _native.conv(act, grad, *geometry)
+    _native._C.conv_gram_cpu(factors, GRADIENT_ROUTES.index(route), out.data_ptr(), _native.num_threads())
+    return out

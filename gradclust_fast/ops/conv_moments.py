@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._conv import GEOMETRY, Ints, check_conv, features, prepare
+from ._conv import GEOMETRY, LayerArguments, check_conv, features, prepare, with_layer_arguments
+from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@with_layer_arguments
 def conv_moments(
     act: torch.Tensor,
     grad: torch.Tensor,
-    *,
-    kernel_size: Ints,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_mode: str = "zeros",
+    **layer: Unpack[LayerArguments],
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Sums over the batch of every example's weight gradient of a convolution and of its elementwise square.
 
@@ -53,28 +51,13 @@ def conv_moments(
         *prepare(
             act,
             grad,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
+            **layer,
         )
     )
 
 
-def _fake(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-) -> tuple[torch.Tensor, torch.Tensor]:
-    O, I = grad.shape[1], features(act, kernel_size, groups, bias)
+def _fake(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    O, I = grad.shape[1], features(act, *geometry)
     first, second = (act.new_empty(O, I, dtype=accumulator(act.dtype)) for _ in range(2))  # [O, I (+ 1)] each
     return first, second
 
@@ -86,3 +69,24 @@ _op = Op(
     reference=reference.conv_moments.conv_moments,
     prepare=prepare,
 )
+
+
+def _cpu_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
+    if not act.numel() or not grad.numel():
+        return "nothing to sum"
+    return f"each tile of G_b added and squared in cache; {describe(gradient_costs(layer_of(act, grad, geometry)))}"
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def conv_moments_cpu(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not act.numel() or not grad.numel():
+        return _op.reference(act, grad, *geometry)
+    return by_route(cheapest(gradient_costs(layer_of(act, grad, geometry))), act, grad, *geometry)
+
+
+def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    """The C++ kernel by a route of one's own choice; nothing may be empty."""
+    first, second = _fake(act, grad, *geometry)
+    factors, how = _native.conv(act, grad, *geometry), GRADIENT_ROUTES.index(route)
+    _native._C.conv_moments_cpu(factors, how, first.data_ptr(), second.data_ptr(), _native.num_threads())
+    return first, second

@@ -2,29 +2,27 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from .. import reference
+from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
-from ._conv import GEOMETRY, Ints, check_conv, check_conv_sides, features, prepare
+from ._conv import GEOMETRY, LayerArguments, check_conv_sides, features, prepare, with_layer_arguments
+from ._conv_routes import cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@with_layer_arguments
 def conv_sketch(
     act: torch.Tensor,
     grad: torch.Tensor,
     left: torch.Tensor | None = None,
     right: torch.Tensor | None = None,
-    *,
-    kernel_size: Ints,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_mode: str = "zeros",
+    **layer: Unpack[LayerArguments],
 ) -> torch.Tensor:
     """Projection ``leftᵀ G_b right`` of every example's weight gradient of a convolution, never storing ``G_b``.
 
@@ -59,54 +57,87 @@ def conv_sketch(
             grad,
             left,
             right,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
+            **layer,
         )
     )
 
 
-def _check(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
-) -> None:
-    check_conv(act, grad, kernel_size, stride, padding, dilation, groups, bias)
-    check_conv_sides(act, grad, left, right, kernel_size, groups, bias)
-
-
 def _fake(
-    act: torch.Tensor,
-    grad: torch.Tensor,
-    left: torch.Tensor | None,
-    right: torch.Tensor | None,
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    groups: int,
-    bias: bool,
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
 ) -> torch.Tensor:
     P = grad.shape[1] if left is None else left.shape[1]
-    Q = features(act, kernel_size, groups, bias) if right is None else right.shape[1]
+    Q = features(act, *geometry) if right is None else right.shape[1]
     return act.new_empty(act.shape[0], P, Q, dtype=accumulator(act.dtype))  # [B, P, Q]
 
 
 _op = Op(
     f"conv_sketch(Tensor act, Tensor grad, Tensor? left, Tensor? right, {GEOMETRY}) -> Tensor",
-    check=_check,
+    check=check_conv_sides,
     fake=_fake,
     reference=reference.conv_sketch.conv_sketch,
     prepare=prepare,
 )
+
+
+ROUTES = ("filters", "mixed", "direct", "correlate")  # csrc/conv_sketch.h: SketchRoute
+
+
+def costs(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> dict[str, float]:
+    """Work of each route for one example, in FLOP at the direct route's speed."""
+    layer = layer_of(act, grad, geometry)
+    groups, T, O, I = layer.groups, layer.T, layer.O, layer.columns
+    P = O if left is None else left.shape[1]
+    Q = I if right is None else right.shape[1]
+    finish = 0 if right is None else 2 * I * Q
+    work = {
+        route: cost + groups * lanes(O) * (finish + 8 * Q) + (0 if left is None else 2 * groups * O * Q * lanes(P))
+        for route, cost in gradient_costs(layer).items()
+    }
+    mix = 0 if left is None else 2 * T * O * lanes(P) + 24 * T * O
+    if right is not None:
+        work["filters"] = groups * (T * (2 * I * lanes(Q) + 2 * lanes(P) * Q) + 24 * T * layer.C + mix)
+    if left is not None:
+        work["mixed"] = groups * (mix + 2 * T * lanes(P) * I + 24 * T * layer.C + lanes(P) * (finish + 8 * Q))
+    return work
+
+
+def _empty(act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    return not all(each is None or each.numel() for each in (act, grad, left, right))
+
+
+def _cpu_route(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> str:
+    if _empty(act, grad, left, right):
+        return "nothing to sum"
+    return describe(costs(act, grad, left, right, *geometry))
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def conv_sketch_cpu(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> torch.Tensor:
+    if _empty(act, grad, left, right):
+        return _op.reference(act, grad, left, right, *geometry)
+    return by_route(cheapest(costs(act, grad, left, right, *geometry)), act, grad, left, right, *geometry)
+
+
+def by_route(
+    route: str,
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    *geometry: Any,
+) -> torch.Tensor:
+    """The C++ kernel by a route of one's own choice; ``filters`` needs right, ``mixed`` left; nothing may be empty."""
+    out = _fake(act, grad, left, right, *geometry)
+    sides = [None if side is None else side.to(out.dtype).contiguous() for side in (left, right)]
+    addresses = [0 if side is None else side.data_ptr() for side in sides]
+    factors = _native.conv(act, grad, *geometry)
+    _native._C.conv_sketch_cpu(
+        factors, (*addresses, *out.shape[1:]), ROUTES.index(route), out.data_ptr(), _native.num_threads()
+    )
+    return out

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
 from functools import lru_cache
-from itertools import product
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -15,20 +12,18 @@ from .._dispatch import Op
 from ..triton_kernels._support import float32_precision
 from . import _cuda
 from ._checks import accumulator
-from ._conv import GEOMETRY, Ints, check_conv, prepare
+from ._conv import GEOMETRY, LayerArguments, check_conv, prepare, with_layer_arguments
+from ._conv_routes import Layer, cheapest, cpu_refuses, describe, gradient_costs, layer_of, position_counts
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
+@with_layer_arguments
 def conv_sqnorm(
     act: torch.Tensor,
     grad: torch.Tensor,
-    *,
-    kernel_size: Ints,
-    stride: Ints = 1,
-    padding: Ints | str = 0,
-    dilation: Ints = 1,
-    groups: int = 1,
-    bias: bool = False,
-    padding_mode: str = "zeros",
+    **layer: Unpack[LayerArguments],
 ) -> torch.Tensor:
     """Squared norm ‖G_b‖² of every example's weight gradient of a convolution; neither ``G_b`` nor patches are stored.
 
@@ -59,13 +54,7 @@ def conv_sqnorm(
         *prepare(
             act,
             grad,
-            kernel_size=kernel_size,
-            stride=stride,
-            padding=padding,
-            dilation=dilation,
-            groups=groups,
-            bias=bias,
-            padding_mode=padding_mode,
+            **layer,
         )
     )
 
@@ -87,96 +76,32 @@ ROUTES = ("direct", "gram", "correlate")  # csrc/conv_sqnorm.h: ConvRoute
 _GRAM_BYTES = 1 << 26  # of stored Grams a thread; beyond it they leave the last cache
 
 
-def _cpu_refuses(act: torch.Tensor, *_: object) -> str | None:
-    if act.device.type != "cpu":
-        return f"the C++ kernel needs CPU tensors, got {act.device}"
-    return _native.cpu_unavailable()
-
-
-def _phases(size: int, out: int, kernel: int, stride: int, before: int, dilation: int) -> Iterator[int]:
-    """Along one dimension: image positions of each phase of the stride that kernel elements meet."""
-    reach: dict[int, list[int]] = {}
-    for i in range(kernel):
-        origin = i * dilation - before
-        reach.setdefault(origin % stride, []).append(origin // stride)
-    for phase, steps in reach.items():
-        inside = range(max(0, min(steps)), min((size - phase - 1) // stride, out - 1 + max(steps)) + 1)
-        yield len(inside)
-
-
 @lru_cache(maxsize=1024)
-def costs(
-    C: int,
-    O: int,
-    size: tuple[int, ...],
-    out: tuple[int, ...],
-    kernel_size: tuple[int, ...],
-    stride: tuple[int, ...],
-    before: tuple[int, ...],
-    dilation: tuple[int, ...],
-    groups: int,
-) -> dict[str, float]:
+def costs(layer: Layer) -> dict[str, float]:
     """Work of each route for one example, in FLOP at the direct route's speed.
 
-    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed, adding up shifted
-    Grams costs 9 FLOP a number, placing a number of grad or of a channel 24 or 48.
+    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed, and adding up shifted
+    Grams costs 9 FLOP a number.
     """
-    C, O = C // groups, O // groups
-    T, kernel = math.prod(out), math.prod(kernel_size)
-    lanes = 16 * -(-O // 16)
-    axes = [list(_phases(*axis)) for axis in zip(size, out, kernel_size, stride, before, dilation)]
-    counts = [math.prod(phase) for phase in product(*axes)]
-    triangles = sum(P * (P + 24) for P in counts) * C + T * (T + 24) * O
-    width = 8 * -(-out[-1] // 8)
-    rows = math.prod((n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(out, stride, kernel_size, dilation)) / out[-1]
-    taps = 9 * -(-kernel // 9)
-    work = {
-        "direct": groups * T * lanes * (2 * C * kernel + 24),
-        "gram": groups * (1.35 * triangles + 4.5 * T * T * (kernel + 2)),
-        "correlate": groups * O * C * (2.2 * T / out[-1] * width * taps + 48 * rows * width + 600 * taps),
-    }
-    if 4 * sum(counts) * 2 * T > _GRAM_BYTES:
-        del work["gram"]
+    T, kernel, counts = layer.T, layer.columns // layer.C, position_counts(layer)
+    work = dict(gradient_costs(layer))
+    if 4 * sum(counts) * 2 * T <= _GRAM_BYTES:
+        triangles = sum(P * (P + 24) for P in counts) * layer.C + T * (T + 24) * layer.O
+        work["gram"] = layer.groups * (1.35 * triangles + 4.5 * T * T * (kernel + 2))
     return work
-
-
-def choose(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[str, dict[str, float]]:
-    """The cheapest route and the cost of each."""
-    kernel_size, stride, padding, dilation, groups, _ = geometry
-    work = costs(
-        act.shape[1],
-        grad.shape[1],
-        tuple(act.shape[2:]),
-        tuple(grad.shape[2:]),
-        tuple(kernel_size),
-        tuple(stride),
-        tuple(padding[::2]),
-        tuple(dilation),
-        groups,
-    )
-    return min(work, key=lambda route: work[route]), work
-
-
-_ROUTE_TEXT = {
-    "direct": "direct, G_b tile by tile from the padded image",
-    "gram": "structured Gram of positions",
-    "correlate": "one short correlation a pair of channels",
-}
 
 
 def _cpu_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
     if not act.numel() or not grad.numel():
         return "nothing to sum"
-    route, work = choose(act, grad, *geometry)
-    rest = ", ".join(f"{name} {cost / 1e6:.3g}" for name, cost in work.items() if name != route)
-    return f"{_ROUTE_TEXT[route]}: {work[route] / 1e6:.3g} effective MFLOP an example (others: {rest})"
+    return describe(costs(layer_of(act, grad, geometry)))
 
 
-@_op.kernel("cpu", refuses=_cpu_refuses, route=_cpu_route)
+@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
 def conv_sqnorm_cpu(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     if not act.numel() or not grad.numel():
         return _fake(act).zero_() if not geometry[-1] else _op.reference(act, grad, *geometry)
-    return by_route(choose(act, grad, *geometry)[0], act, grad, *geometry)
+    return by_route(cheapest(costs(layer_of(act, grad, geometry))), act, grad, *geometry)
 
 
 def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:

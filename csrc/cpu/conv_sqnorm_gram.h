@@ -13,8 +13,8 @@
 namespace gradclust::GRADCLUST_ISA {
 namespace {
 
-constexpr int64_t GRAM_ROWS = 4 * MR;    // rows of a Gram computed together
-constexpr int64_t GRAM_CHANNELS = 128;   // channels between two visits of a tile: NR × 128 numbers stay in L1
+constexpr int64_t GRAM_ROWS = 4 * TILE_ROWS;    // rows of a Gram computed together
+constexpr int64_t GRAM_CHANNELS = 128;   // channels between two visits of a tile: TILE_WIDTH × 128 numbers stay in L1
 
 // Positions of an image, of which a Gram is taken: where they come from and where they go.
 struct Positions {
@@ -61,12 +61,12 @@ template <typename T> void plan_gram(const ConvFactors& f, GramPlan& p) {
     axes[d] = scratch.take<Axis>(f.kernel[d]);
     count[d] = plan_axis(f, d, axes[d]);
     int64_t span = 0;
-    for (int64_t a = 0; a < count[d]; ++a) span = most(span, axes[d][a].high - axes[d][a].low);
+    for (int64_t a = 0; a < count[d]; ++a) span = max_of(span, axes[d][a].high - axes[d][a].low);
     grid[d] = f.out[d] + span;
   }
   int64_t places = grid[0] * grid[1] * grid[2];
   p.phases = count[0] * count[1] * count[2];
-  p.pitch = round_up(places + 2 * NR<T>, 16) | 16;  // never a power of two: rows would share cache sets
+  p.pitch = round_up(places + 2 * TILE_WIDTH<T>, 16) | 16;  // never a power of two: rows would share cache sets
   p.tables.reserve(Workspace::bytes<Phase>(p.phases) + 3 * Workspace::bytes<int64_t>(p.T) +
                    size_t(p.phases) * (4 * Workspace::bytes<int64_t>(places) + Workspace::bytes<int64_t>(p.kernel)));
   p.phase = p.tables.take<Phase>(p.phases);
@@ -112,22 +112,22 @@ template <typename T> void plan_gram(const ConvFactors& f, GramPlan& p) {
     }
     find_runs(in);
     p.grams += in.count * p.pitch;
-    p.longest = most(p.longest, in.count);
+    p.longest = max_of(p.longest, in.count);
   }
-  int64_t rows = round_up(p.longest, NR<T>);
-  p.bytes = Workspace::bytes<T>(round_up(p.T, NR<T>) * p.O) + Workspace::bytes<T>(rows * p.C) +
-            Workspace::bytes<T>(GRAM_ROWS * (rows + NR<T>)) + Workspace::bytes<T>(p.grams) + Workspace::bytes<T>(p.pitch) +
-            2 * Workspace::bytes<T>(rows) + Workspace::bytes<T>(p.C * LANES<T>) + Workspace::bytes<const T*>(p.kernel);
+  int64_t rows = round_up(p.longest, TILE_WIDTH<T>);
+  p.bytes = Workspace::bytes<T>(round_up(p.T, TILE_WIDTH<T>) * p.O) + Workspace::bytes<T>(rows * p.C) +
+            Workspace::bytes<T>(GRAM_ROWS * (rows + TILE_WIDTH<T>)) + Workspace::bytes<T>(p.grams) +
+            Workspace::bytes<T>(p.pitch) + 2 * Workspace::bytes<T>(rows) + Workspace::bytes<T>(p.C * LANES<T>) + Workspace::bytes<const T*>(p.kernel);
 }
 
-// Channels c0 … c0 + C at the given positions as panels [⌈count/NR⌉][C][NR]; spare lanes are zero.
+// Channels c0 … c0 + C at the given positions as panels [⌈count/TILE_WIDTH⌉][C][TILE_WIDTH]; spare lanes are zero.
 template <typename in_t> void pack_panels(const in_t* image, int64_t step_c, int64_t C, const Positions& at,
                                           acc_t<in_t>* __restrict panels) {
   using acc = acc_t<in_t>;
-  constexpr int64_t N = NR<acc>;
+  constexpr int64_t N = TILE_WIDTH<acc>;
   for (int64_t begin = 0; begin < at.count; begin += N, panels += C * N) {
     const int64_t* source = at.source + begin;
-    int64_t n = least(N, at.count - begin);
+    int64_t n = min_of(N, at.count - begin);
     bool unbroken = n == N && source[0] >= 0;
     for (int64_t j = 1; j < n; ++j) unbroken = unbroken && source[j] == source[0] + j;
     if (unbroken) {
@@ -150,18 +150,18 @@ template <typename in_t> void pack_panels(const in_t* image, int64_t step_c, int
 // right up to its diagonal entry.
 template <typename T, typename Emit>
 GRADCLUST_INLINE void gram_rows(const T* panels, int64_t count, int64_t C, T* block, Emit&& emit) {
-  constexpr int64_t N = NR<T>;
+  constexpr int64_t N = TILE_WIDTH<T>;
   const int64_t none = 0, width = round_up(count, N) + N;
   for (int64_t begin = 0; begin < count; begin += GRAM_ROWS) {
-    int64_t rows = least(GRAM_ROWS, count - begin);
+    int64_t rows = min_of(GRAM_ROWS, count - begin);
     for (int64_t c = 0; c < C; c += GRAM_CHANNELS) {
-      int64_t channels = least(GRAM_CHANNELS, C - c);
+      int64_t channels = min_of(GRAM_CHANNELS, C - c);
       for (int64_t column = 0; column < begin + rows; column += N)
-        for (int64_t r = 0; r < rows; r += MR) {
-          if (column >= begin + r + MR) continue;
-          const T* a[MR];
-          for (int i = 0; i < MR; ++i) {
-            int64_t position = least(begin + r + i, count - 1);
+        for (int64_t r = 0; r < rows; r += TILE_ROWS) {
+          if (column >= begin + r + TILE_ROWS) continue;
+          const T* a[TILE_ROWS];
+          for (int i = 0; i < TILE_ROWS; ++i) {
+            int64_t position = min_of(begin + r + i, count - 1);
             a[i] = panels + (position / N * C + c) * N + position % N;
           }
           multiply<T>(block + r * width + column, width, c > 0, a, &none, 1, channels, N, panels + column * C + c * N);
@@ -177,7 +177,7 @@ template <typename T> GRADCLUST_INLINE void spread(const T* row, int64_t positio
   const vec_t<T> zero = {};
   int64_t place = 0;
   for (int64_t from = 0; from <= position;) {
-    int64_t to = least(at.run_end[from], position + 1), next = at.grid[from];
+    int64_t to = min_of(at.run_end[from], position + 1), next = at.grid[from];
     for (; place < next; place += L) store_vec(out + place, zero);
     for (int64_t i = from; i < to; i += L) store_vec(out + next + i - from, load_vec(row + i));
     place = next + to - from;
@@ -189,14 +189,14 @@ template <typename T> GRADCLUST_INLINE void spread(const T* row, int64_t positio
 // Takes the channel means out of packed positions where they carry most of the image. Returns ‖mean‖², or 0 where not.
 // mean: [C, LANES], of which the first C are the means afterwards.
 template <typename T> T centre(T* panels, int64_t count, int64_t C, T* mean) {
-  constexpr int64_t N = NR<T>;
+  constexpr int64_t N = TILE_WIDTH<T>;
   const int L = LANES<T>;
-  vec_t<T> square[NV] = {};
+  vec_t<T> square[TILE_VECTORS] = {};
   for (int64_t c = 0; c < C * L; ++c) mean[c] = 0;
   for (int64_t q = 0; q < count; q += N)
     for (int64_t c = 0; c < C; ++c) {
       vec_t<T> sum = load_vec(mean + c * L);
-      for (int v = 0; v < NV; ++v) {
+      for (int v = 0; v < TILE_VECTORS; ++v) {
         vec_t<T> x = load_vec(panels + q * C + c * N + v * L);
         sum += x, square[v] += x * x;
       }
@@ -211,14 +211,14 @@ template <typename T> T centre(T* panels, int64_t count, int64_t C, T* mean) {
   if (!(mean_sqnorm * T(count) > T(0.5) * sum_lanes<T>(square[0] + square[1]))) return 0;
   for (int64_t q = 0; q < count; q += N)
     for (int64_t c = 0; c < C; ++c)
-      for (int64_t j = 0; j < least(N, count - q); ++j) panels[q * C + c * N + j] -= mean[c];
+      for (int64_t j = 0; j < min_of(N, count - q); ++j) panels[q * C + c * N + j] -= mean[c];
   return mean_sqnorm;
 }
 
 // What centring took away, Σ_δ 2⟨G̃_δ, s_δ μᵀ⟩ + ‖s_δ‖²‖μ‖², from the centred image and the packed grad.
 template <typename T> T restore(const GramPlan& p, const Phase& phase, const T* image, const T* mean, T mean_sqnorm,
                                 const T* grad, T* inside, T* level) {
-  constexpr int64_t N = NR<T>;
+  constexpr int64_t N = TILE_WIDTH<T>;
   T total = 0;
   for (int64_t e = 0; e < phase.elements; ++e) {
     for (int64_t t = 0; t < round_up(p.T, N); ++t) {  // spare lanes of grad are zero, but must not meet garbage
@@ -267,7 +267,7 @@ GRADCLUST_INLINE vec_t<T> shifted_dot(const T* drow, const T* const* image, int6
 
 template <typename in_t> acc_t<in_t> gram_sqnorm(const ConvFactors& f, const GramPlan& p, int64_t b) {
   using acc = acc_t<in_t>;
-  constexpr int64_t N = NR<acc>;
+  constexpr int64_t N = TILE_WIDTH<acc>;
   Workspace& work = thread_workspace();
   work.reserve(p.bytes);
   int64_t rows = round_up(p.longest, N);

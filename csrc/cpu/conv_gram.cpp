@@ -1,0 +1,52 @@
+// ⟨G_b, G_c⟩ of a convolution on the CPU.
+//
+// v1  Through G: a unit of every example's G_b is made by the direct kernel and stored, about 8 MB in all, and its
+//     products are added to the lower triangle while it is in the last cache: 2·B·T·I·O + B²·I·O FLOP
+//     (bench/kernels/bench_conv_gram.py).
+#include "conv_gram.h"
+
+#include "conv_products.h"
+
+namespace gradclust::GRADCLUST_ISA {
+namespace {
+
+thread_local Scratch scratch;
+
+constexpr int64_t STORED_BYTES = 8 << 20;
+
+template <typename in_t> void conv_gram_kernel(const ConvFactors& f, GradientRoute route, acc_t<in_t>* out, int threads) {
+  using acc = acc_t<in_t>;
+  const int64_t B = f.B;
+  Units<acc> units;
+  units.plan(f, route, STORED_BYTES / int64_t(sizeof(acc)) / B);
+  const int64_t stride = round_up(units.room(), 16) | 16;
+  Products<acc> products{B, B, nullptr};
+  acc* stored = scratch.get<acc>(B * stride + products.size());
+  products.sums = stored + B * stride;
+  memset(products.sums, 0, size_t(products.size()) * sizeof(acc));
+#pragma omp parallel num_threads(threads)
+  {
+    for (int64_t n = 0; n < units.count; ++n) {
+      const Unit unit = units.at(n);
+#pragma omp for schedule(dynamic)
+      for (int64_t b = 0; b < B; ++b) unit_gradient<in_t>(f, units, unit, b, stored + b * stride);
+#pragma omp for schedule(dynamic)
+      for (int64_t task = 0; task < products.tasks(); ++task)
+        products.template add<true>(task, stored, stride, stored, stride, units.size(unit));
+    }
+#pragma omp for schedule(static)
+    for (int64_t b = 0; b < B; ++b)
+      for (int64_t c = 0; c < B; ++c) out[b * B + c] = products.at(max_of(b, c), min_of(b, c));
+  }
+}
+
+}  // namespace
+
+void conv_gram_cpu(const ConvFactors& f, GradientRoute route, void* out, int threads) {
+  dispatch(f.dtype, [&](auto zero) {
+    using in_t = decltype(zero);
+    conv_gram_kernel<in_t>(f, route, static_cast<acc_t<in_t>*>(out), threads);
+  });
+}
+
+}  // namespace gradclust::GRADCLUST_ISA
