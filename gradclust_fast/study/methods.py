@@ -75,8 +75,9 @@ class Clustered(Method):
         # a new start every time: a fit depends on the model and the seed alone, whatever was interrupted before
         seed = 1000 * run.unit.seed + len(run.snapshots_done)
         clustering = GradientClustering(run.problem.model, K, self.method, Sketch(seed=seed), seed=seed)
+        batch = run.plan.stats_batch if self.method == "exact" else run.plan.fit_batch or run.plan.batch_size
         strata = clustering.fit(
-            run.problem.train, run.problem.loss, batch_size=run.plan.stats_batch, device=run.device, progress=False
+            run.problem.train, run.problem.loss, batch_size=batch, device=run.device, progress=False
         )
         self.state = {"strata": strata.state_dict()}
 

@@ -97,32 +97,32 @@ def resnet8(classes: int = 10, width: int = 16) -> nn.Sequential:
 
 
 def linear_regression(unit: Unit, N: int, dim: int, offset: float, scale: float) -> Problem:
-    """``X = offset + scale·ε`` [N, dim], ``y = X·θ*`` with Gaussian θ* of norm 1; loss ½(x·θ − y)², θ starts at 0."""
+    """``X = offset + scale·ε`` [N, dim], ``y = X·θ* + 0.1 ε'``, θ* Gaussian of norm 1; loss ½(x·θ − y)², θ starts at 0."""
     with seeded(unit.seed):
         X = offset + scale * torch.randn(N, dim)
-        y = X @ F.normalize(torch.randn(dim), dim=0)
+        y = X @ F.normalize(torch.randn(dim), dim=0) + 0.1 * torch.randn(N)
     model = nn.Linear(dim, 1, bias=False)
     nn.init.zeros_(model.weight)
     return Problem(model, half_square, TensorDataset(X, y))
 
 
 def random_features(unit: Unit, N: int, hidden: int, dim: int, teacher: int, copies: float = 0.0) -> Problem:
-    """The random-features model of Montanari & co. as a classifier: a fixed ReLU layer, then one that is trained.
+    """A random-features classifier (Mei & Montanari 2019, arXiv:1908.05355): a fixed ReLU layer, then a trained one.
 
-    Inputs are Gaussian [N, dim]; rows of the first layers have norm 1; the labels are the teacher's larger output, the
-    teacher being a network of the same kind with ``teacher`` hidden units. As the first layer is fixed, the data set
-    holds its output. ``copies``: that share of the examples is made of 5 of the others, again and again.
+    Inputs are Gaussian [N, dim]; rows of all first and last layers have norm 1; an example's label says whether the
+    output of a teacher of the same kind, with ``teacher`` hidden units, is above its mean. The data set holds what the
+    fixed layer makes of the inputs. ``copies``: that share of the examples is 5 of the others, again and again.
     """
     with seeded(unit.seed):
         X = torch.randn(N, dim)
         first = [F.normalize(torch.randn(width, dim), dim=1) for width in (teacher, hidden)]
-        labels = (F.relu(X @ first[0].T) @ torch.randn(teacher, 2)).argmax(1)
+        output = F.relu(X @ first[0].T) @ F.normalize(torch.randn(teacher), dim=0)
         features = F.relu(X @ first[1].T)  # [N, hidden]
         model = nn.Linear(hidden, 2)
         with torch.no_grad():
             model.weight.copy_(F.normalize(torch.randn(2, hidden), dim=1))
-    data = duplicated(TensorDataset(features, labels), 5, copies) if copies else TensorDataset(features, labels)
-    return Problem(model, cross_entropy, data)
+    data = TensorDataset(features, (output > output.mean()).long())
+    return Problem(model, cross_entropy, duplicated(data, 5, copies) if copies else data)
 
 
 # Variations

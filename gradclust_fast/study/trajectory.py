@@ -34,6 +34,8 @@ class Trajectory:
         clusters: K; None is the batch size.
         monte_carlo, monte_carlo_at: so many mini-batches of every estimator at these steps, beside the exact figures.
         stats_batch: examples a batch of the measuring passes.
+        fit_batch: of the factored clustering's passes, whose counts grow from batch to batch; None is the batch size,
+            as the authors have it.
     """
 
     problem: Callable[[Unit], Problem]
@@ -50,6 +52,7 @@ class Trajectory:
     monte_carlo: int = 0
     monte_carlo_at: tuple[int, ...] = ()
     stats_batch: int = 256
+    fit_batch: int | None = None
 
     def __post_init__(self) -> None:
         if self.methods[0] != "SG-B":
