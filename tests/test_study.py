@@ -5,7 +5,10 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
+from torch.utils.data import Subset, TensorDataset
 
+from gradclust_fast._passes import batches
 from gradclust_fast.study import Options, Row, Table, Trajectory, Unit, Variant, all_rows, check, run_rows
 from gradclust_fast.study.command import main
 from gradclust_fast.study.problems import linear_regression, random_features
@@ -128,3 +131,14 @@ def test_rows_are_listed_with_both_scales(capsys):
             assert len(set(names)) == len(names) > 0
     with pytest.raises(SystemExit, match="no row R77"):
         main(["run", "R77"])
+
+
+@pytest.mark.parametrize("groups", [None, [[3, 1], [0], [4, 2, 5, 6]]])
+def test_tensors_are_batched_as_a_loader_would(groups):
+    whole = TensorDataset(torch.randn(7, 3), torch.arange(7))
+    fast = list(batches(whole, batch_size=3, groups=groups))
+    slow = list(batches(Subset(whole, range(7)), batch_size=3, groups=groups))
+    assert len(fast) == len(slow)
+    for (index, batch), (other, expected) in zip(fast, slow):
+        assert type(batch) is type(expected) and torch.equal(index, other)
+        assert all(map(torch.equal, batch, expected))

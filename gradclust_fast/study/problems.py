@@ -51,6 +51,10 @@ def seeded(seed: int):
         yield
 
 
+TEST = 2000
+"""Test examples that accuracies are taken of."""
+
+
 # Models
 
 
@@ -97,7 +101,7 @@ def resnet8(classes: int = 10, width: int = 16) -> nn.Sequential:
 
 
 def linear_regression(unit: Unit, N: int, dim: int, offset: float, scale: float) -> Problem:
-    """``X = offset + scale·ε`` [N, dim], ``y = X·θ* + 0.1 ε'``, θ* Gaussian of norm 1; loss ½(x·θ − y)², θ starts at 0."""
+    """``X = offset + scale·ε`` [N, dim], ``y = X·θ* + 0.1 ε'``, Gaussian θ* of norm 1; loss ½(x·θ − y)² from θ = 0."""
     with seeded(unit.seed):
         X = offset + scale * torch.randn(N, dim)
         y = X @ F.normalize(torch.randn(dim), dim=0) + 0.1 * torch.randn(N)
@@ -161,6 +165,7 @@ def classifier(
     model: Callable[[], nn.Module],
     limit: int | None = None,
     change: Callable[[TensorDataset], TensorDataset] | None = None,
+    tested: bool = True,
 ) -> Problem:
     """An image data set and a model, or the ones that ``--data module:factory`` and ``--model module:factory`` name.
 
@@ -168,13 +173,15 @@ def classifier(
         name, limit: of ``gradclust_fast.data.load``.
         model: called after seeding with the unit's seed.
         change: applied to the training data (duplicates, corruption); not to data of one's own.
+        tested: whether there is test data; accuracies are of the first 2000 test examples.
     """
     test: Dataset | None
     if unit.options.own_data:
         train, test = own_data(str(unit.options.data))
     else:
         loaded = datasets.load(name, "train", data=unit.options.data, limit=limit)
-        train, test = loaded if change is None else change(loaded), datasets.load(name, "test", data=unit.options.data)
+        train = loaded if change is None else change(loaded)
+        test = datasets.load(name, "test", data=unit.options.data, limit=TEST) if tested else None
     with seeded(unit.seed):
         built = model() if unit.options.model is None else own_model(unit.options.model)
     return Problem(built, cross_entropy, train, test)

@@ -30,7 +30,7 @@ ROW = Row(
     checks=checks,
     draw=draw,
     sizes={
-        "small": "X [500, 1000], B = K = 10, lr 5e-5, 10,000 steps, snapshot every 1000",
+        "small": "X [500, 1000], B = K = 10, lr 5e-5, 5000 steps, snapshot every 1000",
         "paper": "X [500, 1000], B = K = 10, lr 5e-5, 40,000 steps, snapshot every 1000",
     },
     paper="it has no such measurement.",
