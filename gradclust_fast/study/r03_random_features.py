@@ -6,7 +6,7 @@ from functools import partial
 from itertools import pairwise
 from typing import Any
 
-from .figures import QUANTITIES, canvas, legend, lines
+from .figures import canvas, legend, lines
 from .problems import random_features
 from .row import Check, Row, Variant, check
 from .table import Table, mean
@@ -112,12 +112,10 @@ def draw(table: Table) -> Any:
             xlabel="τ = hidden ÷ N",
             title=f"learning rate {lr:g}",
         )
-        above.set_ylabel(QUANTITIES["variance_per_coordinate"] + "\nmean over the last 70 % (dotted: SG-B's maximum)")
+        above.set_ylabel("variance per coordinate, last 70 %")
         highest = summary.where(estimator="SG-B").curve("tau", "max")
-        above.plot(highest[0], highest[1], ":", color="#444444", lw=1)
-        lines(below, summary, "ratio", x="tau", log_x=True, xlabel="τ = hidden ÷ N")
-        below.axhline(0.5, color="#0072B2", lw=0.8, ls="--")
-        below.set_ylim(0, None)
+        above.plot(highest[0], highest[1], ":", color="#444444", lw=1.2, label="maximum of SG-B (lines: means)")
+        lines(below, summary, "ratio", x="tau", log_x=True, log_y=True, xlabel="τ = hidden ÷ N")
     legend(figure, axes[0])
     return figure
 
