@@ -94,7 +94,7 @@ def test_strided_inputs_read_their_own_elements(backend):
 def test_same_bits_every_time(backend):
     args = problem(500, 50, torch.float32)
     first = gf.ops.assign(*args)
-    for _ in range(20):
+    for _ in range(3 if backend == "triton" else 20):
         again = gf.ops.assign(*args)
         assert torch.equal(again[0], first[0]) and torch.equal(again[1], first[1])
 

@@ -1,4 +1,4 @@
-"""assign_points against the expression a user would write, scikit-learn and faiss."""
+"""assign_points against the expression a user would write, scikit-learn, faiss and flash-kmeans."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def library_baselines(points: torch.Tensor, centers: torch.Tensor) -> tuple[dict[str, Callable[[], Any]], dict]:
@@ -31,20 +31,44 @@ def library_baselines(points: torch.Tensor, centers: torch.Tensor) -> tuple[dict
     return found, missing
 
 
-def cases() -> Iterator[Case]:
-    B, R, K = 60_000, 64, 256
-    points, centers = torch.randn(B, R), torch.randn(K, R)
-    center_sqnorm = centers.square().sum(1)
+def gpu_baselines(points: torch.Tensor, centers: torch.Tensor) -> tuple[dict[str, Callable[[], Any]], dict]:
+    """flash-kmeans' assignment, where it is installed; it takes batches of problems."""
+    try:
+        assign = importlib.import_module("flash_kmeans.assign_euclid_triton").euclid_assign_triton
+    except ImportError:
+        return {}, {"flash-kmeans": "pip install --no-deps flash-kmeans"}
+    x, c = points.unsqueeze(0), centers.unsqueeze(0)
+    sqnorm = x.float().square().sum(-1)
+    return {"flash-kmeans": lambda: assign(x, c, sqnorm)}, {}
+
+
+def case(B: int, R: int, K: int, dtype: torch.dtype, counted: bool = False) -> Case:
+    points, centers = torch.randn(B, R).to(dtype), torch.randn(K, R).to(dtype)
+    counts = torch.randint(0, 1000, (K,)) if counted else None
+    center_sqnorm = centers.float().square().sum(1).to(dtype)
     libraries, missing = library_baselines(points, centers) if points.device.type == "cpu" else ({}, {})
-    yield Case(
+    if points.device.type == "cuda":
+        libraries, missing = gpu_baselines(points, centers)
+    return Case(
         "assign_points",
-        f"B={B} R={R} K={K} float32",
-        lambda: gf.ops.assign_points(points, centers),
+        f"B={B} R={R} K={K} {str(dtype).removeprefix('torch.')}{' by size' if counted else ''}",
+        lambda: gf.ops.assign_points(points, centers, counts),
         {
             "addmm + argmin": lambda: torch.addmm(center_sqnorm, points, centers.T, alpha=-2).argmin(1),
             **libraries,
         },
         flops=2 * B * R * K,
-        bytes=4 * (B * R + K * R) + 12 * B,
+        bytes=points.element_size() * (B * R + K * R) + 12 * B,
+        dtype=dtype,
         missing=missing,
     )
+
+
+def cases() -> Iterator[Case]:
+    if on_gpu():
+        yield case(131_072, 128, 1024, torch.float16)
+        yield case(65_536, 4096, 64, torch.bfloat16, counted=True)
+        yield case(131_072, 128, 1024, torch.float32)
+        yield case(4096, 4096, 64, torch.bfloat16)
+        yield case(65_536, 1024, 512, torch.bfloat16)
+    yield case(60_000, 64, 256, torch.float32)

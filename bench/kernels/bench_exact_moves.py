@@ -17,7 +17,7 @@ def cases() -> Iterator[Case]:
     centers = torch.randn(K, R)
     start = torch.randint(0, K, (N,))
     late = start
-    for seed in range(12):
+    for seed in range(0 if points.is_meta else 12):
         late = gf.ops.exact_moves(points, late, K, seed)[0]
     for name, labels in (("first sweep, 98 % move", start), ("late sweep, 1 % moves", late)):  # with the runner's seed
         yield Case(

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 
 from .. import _native
 from . import _cuda
 from ._checks import FLOATS, accumulator, shape
+from ._triton import triton_refuses
 
 
 def check_points(name: str, points: torch.Tensor) -> None:
@@ -54,25 +57,35 @@ def check_labels(labels: torch.Tensor, num_clusters: int, points: torch.Tensor) 
     check_device("labels", labels, "points", points)
 
 
+def readable(values: torch.Tensor, holds: Callable[[], torch.Tensor], message: str) -> bool:
+    """Whether a check may read ``values``, which waits for the GPU.
+
+    Not while a CUDA graph is captured: then ``holds`` is asserted on the device. Meta tensors have no values.
+    """
+    if values.is_meta:
+        return False
+    if _cuda.capturing(values):
+        torch._assert_async(holds(), message)
+        return False
+    return True
+
+
 def check_range(labels: torch.Tensor, num_clusters: int) -> None:
     """Every label in [0, num_clusters). While a CUDA graph is captured the graph's replays stop instead of raising."""
-    if labels.numel() == 0:
-        return
-    if _cuda.capturing(labels):
-        torch._assert_async(((labels >= 0) & (labels < num_clusters)).all(), f"labels must lie in [0, {num_clusters})")
+    bounds = f"labels must lie in [0, {num_clusters})"
+    if labels.numel() == 0 or not readable(labels, lambda: ((labels >= 0) & (labels < num_clusters)).all(), bounds):
         return
     low, high = (int(bound) for bound in torch.aminmax(labels))
     if low < 0 or high >= num_clusters:
         bad = int(((labels < 0) | (labels >= num_clusters)).nonzero()[0])
-        raise ValueError(
-            f"labels must lie in [0, {num_clusters}), got labels[{bad}] = {int(labels[bad])}; "
-            f"raise num_clusters or relabel"
-        )
+        raise ValueError(f"{bounds}, got labels[{bad}] = {int(labels[bad])}; raise num_clusters or relabel")
 
 
 def check_weights(counts: torch.Tensor | None) -> None:
     """A negative or NaN size would silently turn the argmin round."""
-    if counts is not None and not bool((counts >= 0).all()):
+    if counts is None or not readable(counts, lambda: (counts >= 0).all(), "counts must be at least 0"):
+        return
+    if not bool((counts >= 0).all()):
         bad = int((~(counts >= 0)).nonzero()[0])
         raise ValueError(f"counts must be at least 0, got counts[{bad}] = {counts[bad].item()}; pass cluster sizes")
 
@@ -93,6 +106,11 @@ def cpu_refuses(main: torch.Tensor, *_: object) -> str | None:
     if main.device.type != "cpu":
         return f"the C++ kernel needs CPU tensors, got {main.device}"
     return _native.cpu_unavailable()
+
+
+def points_triton_refuses(main: torch.Tensor, *_: object) -> str | None:
+    """The Triton kernels of the clustering ops take float64."""
+    return triton_refuses(main, float64=True)
 
 
 def with_unit_stride(points: torch.Tensor) -> torch.Tensor:

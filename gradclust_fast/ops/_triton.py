@@ -22,8 +22,8 @@ from ..triton_kernels import _support
 _said: set[str] = set()
 
 
-def triton_refuses(tensor: torch.Tensor) -> str | None:
-    """Why the Triton kernels cannot run on these tensors (one of the op's), or None.
+def triton_refuses(tensor: torch.Tensor, float64: bool = False) -> str | None:
+    """Why the Triton kernels cannot run on these tensors (one of the op's), or None; ``float64``: the op's can take it.
 
     A GPU that they do not support, or a GPU without Triton, is warned of once: ``auto`` goes on without them.
     """
@@ -33,7 +33,7 @@ def triton_refuses(tensor: torch.Tensor) -> str | None:
             _said.add(reason)
             warnings.warn(f"gradclust_fast goes on without its Triton kernels: {reason}", RuntimeWarning, stacklevel=3)
         return reason
-    if tensor.dtype == torch.float64:
+    if tensor.dtype == torch.float64 and not float64:
         return "the Triton kernels accumulate in float32, and float64 factors need float64; use gf.backend('reference')"
     return None
 

@@ -7,7 +7,16 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import FLOATS, accumulator, shape
-from ._point_checks import check_aux, check_counts, check_weights, cpu_refuses, threads_for, with_unit_stride
+from ._point_checks import (
+    check_aux,
+    check_counts,
+    check_weights,
+    cpu_refuses,
+    points_triton_refuses,
+    threads_for,
+    with_unit_stride,
+)
+from ._triton import triton_loses
 
 
 def assign(
@@ -102,4 +111,21 @@ def assign_cpu(
         _native.rows(dot), center_sqnorm.data_ptr(), grad_sqnorm.data_ptr(), 0 if weight is None else weight.data_ptr(),
         label.data_ptr(), cost.data_ptr(), threads_for(dot.numel()),
     )  # fmt: skip
+    return label, cost
+
+
+@_op.kernel(
+    "triton",
+    refuses=points_triton_refuses,
+    loses=lambda dot, *_: triton_loses(dot),
+    route=lambda *_: "one read of dot, the smallest cost and its index in registers",
+)
+def assign_triton(
+    dot: torch.Tensor, center_sqnorm: torch.Tensor, grad_sqnorm: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.assign import assign as fill
+
+    check_weights(counts)
+    label, cost = _fake(dot, center_sqnorm, grad_sqnorm, counts)
+    fill(with_unit_stride(dot), center_sqnorm, grad_sqnorm, counts, label, cost)
     return label, cost

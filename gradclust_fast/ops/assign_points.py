@@ -13,9 +13,11 @@ from ._point_checks import (
     check_points,
     check_weights,
     cpu_refuses,
+    points_triton_refuses,
     threads_for,
     with_unit_stride,
 )
+from ._triton import triton_loses
 
 
 def assign_points(
@@ -24,7 +26,9 @@ def assign_points(
     """The nearest centre of every row, ``argmin_k w_k‖x_b − c_k‖²`` with ``w_k = counts[k] + 1``, or 1 without counts.
 
     What is returned comes from differences ``x_b − c_k`` in float64, so a row that equals a centre is at distance 0,
-    equal centres tie exactly, and a large common mean costs no digits. The C++ kernel never stores B×K distances.
+    equal centres tie exactly, and a large common mean costs no digits. Beyond 512 features the Triton kernel takes a
+    cost from float32 products where they have lost nothing to cancellation. The C++ and Triton kernels never store B×K
+    distances.
 
     Args:
         points: [B, R].
@@ -95,4 +99,25 @@ def assign_points_cpu(
         _native._C.assign_points_cpu, _native.rows(points), centers.data_ptr(), K, weight.data_ptr(),
         label.data_ptr(), cost.data_ptr(), threads=threads_for(points.numel() * K),
     )  # fmt: skip
+    return label, cost
+
+
+@_op.kernel(
+    "triton",
+    refuses=points_triton_refuses,
+    loses=lambda points, *_: triton_loses(points),
+    route=lambda points, *_: (
+        "differences in float64"
+        if points.dtype == torch.float64
+        else "tensor cores propose, differences in float64 decide what is close"
+    ),
+)
+def assign_points_triton(
+    points: torch.Tensor, centers: torch.Tensor, counts: torch.Tensor | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.assign_points import assign_points as fill
+
+    check_weights(counts)
+    label, cost = _fake(points, centers, counts)
+    fill(with_unit_stride(points), with_unit_stride(centers), counts, label, cost)
     return label, cost

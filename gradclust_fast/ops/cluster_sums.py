@@ -8,7 +8,16 @@ from .. import _native, reference
 from .._dispatch import Op
 from . import _cuda
 from ._checks import accumulator
-from ._point_checks import check_labels, check_points, check_range, cpu_refuses, threads_for, with_unit_stride
+from ._point_checks import (
+    check_labels,
+    check_points,
+    check_range,
+    cpu_refuses,
+    points_triton_refuses,
+    threads_for,
+    with_unit_stride,
+)
+from ._triton import triton_loses
 
 
 def cluster_sums(points: torch.Tensor, labels: torch.Tensor, num_clusters: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -95,4 +104,21 @@ def cluster_sums_cuda(
         "cluster_sums_cuda", points.device, _native.rows(points), sorted_labels.data_ptr(), order.data_ptr(),
         num_clusters, begin.data_ptr(), counts.data_ptr(), partial.data_ptr(), sums.data_ptr(),
     )  # fmt: skip
+    return sums, counts
+
+
+@_op.kernel(
+    "triton",
+    refuses=points_triton_refuses,
+    loses=lambda points, *_: triton_loses(points),
+    route=lambda *_: "rows sorted by cluster, a program per piece of a cluster, pieces added in order",
+)
+def cluster_sums_triton(
+    points: torch.Tensor, labels: torch.Tensor, num_clusters: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.cluster_sums import cluster_sums as fill
+
+    check_range(labels, num_clusters)
+    sums, counts = _fake(points, labels, num_clusters)
+    fill(with_unit_stride(points), labels, sums, counts)
     return sums, counts

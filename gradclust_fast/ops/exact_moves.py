@@ -12,9 +12,12 @@ from ._point_checks import (
     check_points,
     check_range,
     cpu_refuses,
+    points_triton_refuses,
+    readable,
     threads_for,
     with_unit_stride,
 )
+from ._triton import triton_loses
 
 Sweep = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -26,7 +29,12 @@ def exact_moves(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, s
     smallest. J never rises. Where the best change of J is zero up to rounding (``(R + 8)·2⁻⁵²`` of the magnitudes
     compared) the row goes to the largest such cluster, of equal sizes to the lowest index, so clusters of equal rows
     merge, and an emptied cluster, free to join, is refilled. Sweeps repeated until nothing moves end. All decisions
-    are float64's, so labels depend neither on the backend nor on the number of threads.
+    are float64's.
+
+    The reference and the C++ kernel let one row move at a time, so their labels are the same, on any number of threads.
+    The Triton kernel meets about 64 blocks of rows and moves together all rows of a block for which the sum of their
+    changes provably bounds the joint one; a row that has to wait asks again in the next sweep. Its labels are its own,
+    the same on every run; its J does not rise either, and where it moves nothing, no single move lowers J.
 
     Args:
         points: [N, R], finite. Its magnitude may be anything whose squares float64 can add up.
@@ -74,7 +82,7 @@ def _reference(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, se
 
 def _check_objective(points: torch.Tensor, J_before: torch.Tensor) -> None:
     """Looks for the reason only where J shows that there is one: it costs a pass over the points."""
-    if not J_before.isfinite():
+    if readable(J_before, J_before.isfinite, "J is not finite") and not J_before.isfinite():
         check_finite("points", points)
         raise ValueError("points are too large: their squares overflow float64; divide them by their largest entry")
 
@@ -101,3 +109,21 @@ def exact_moves_cpu(points: torch.Tensor, labels: torch.Tensor, num_clusters: in
     )  # fmt: skip
     _check_objective(points, J[0])
     return labels, J[0].clone(), J[1].clone(), moved
+
+
+@_op.kernel(
+    "triton",
+    refuses=points_triton_refuses,
+    loses=lambda points, *_: triton_loses(points),
+    route=lambda *_: "blocks of rows: products in float64, then every move that cannot spoil another",
+)
+def exact_moves_triton(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: int) -> Sweep:
+    from ..triton_kernels.exact_moves import exact_moves as sweep
+
+    check_range(labels, num_clusters)
+    points, labels = with_unit_stride(points), labels.clone(memory_format=torch.contiguous_format)
+    J_before, J_after, moved = sweep(
+        points, labels, num_clusters, seed, reference.exact_moves.tie_factor(points.shape[1])
+    )
+    _check_objective(points, J_before)
+    return labels, J_before, J_after, moved
