@@ -100,11 +100,15 @@ template <> inline __attribute__((always_inline)) vec_t<double> load_converted<d
 
 // --- packing
 
-// One panel from [depth, columns] memory: dst[k * width + j] = src[k * stride + j], zero from `columns` on.
+// One panel from [depth, columns] memory: dst[k * width + j] = src[k * stride + j] − shift[j], zero from `columns` on;
+// shift may be null.
 template <typename in_t>
-void pack_columns(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t columns) {
+void pack_columns(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t columns,
+                  const acc_t<in_t>* shift = nullptr) {
   for (int64_t k = 0; k < depth; ++k, dst += width, src += stride) {
     convert(src, dst, columns);
+    if (shift)
+      for (int64_t j = 0; j < columns; ++j) dst[j] -= shift[j];
     for (int64_t j = columns; j < width; ++j) dst[j] = 0;
   }
 }
@@ -255,11 +259,12 @@ Packed<acc_t<in_t>> pack_all_rows(acc_t<in_t>* dst, const in_t* src, int64_t str
   return packed;
 }
 template <typename in_t>
-Packed<acc_t<in_t>> pack_all_columns(acc_t<in_t>* dst, const in_t* src, int64_t stride, int64_t depth, int64_t columns) {
+Packed<acc_t<in_t>> pack_all_columns(acc_t<in_t>* dst, const in_t* src, int64_t stride, int64_t depth, int64_t columns,
+                                     const acc_t<in_t>* shift = nullptr) {
   Packed<acc_t<in_t>> packed{dst, columns, depth};
   for (int64_t j = 0; j < columns; j += NR<acc_t<in_t>>) {
     int64_t width = packed.width(j);
-    pack_columns(dst + j * depth, width, src + j, stride, depth, min_of(width, columns - j));
+    pack_columns(dst + j * depth, width, src + j, stride, depth, min_of(width, columns - j), shift ? shift + j : nullptr);
   }
   return packed;
 }

@@ -18,8 +18,8 @@ template <typename in_t> void grad_gram_kernel(const LinearFactors& f, acc_t<in_
   using acc = acc_t<in_t>;
   constexpr int64_t L = LANES<acc>, N = NR<acc>, M = MR<acc>;
   const int64_t B = f.B, T = f.T, I = f.I, O = f.O, wide = I + f.bias;
-  // A sequence gets its deviations from the mean, and the mean with Σ_t D[t] as one more position: the same G, and no
-  // cancellation where activations hardly vary.
+  // A sequence gets its deviations from both means, and the mean of A with Σ_t D[t] as one more position: the same G,
+  // and no cancellation where activations or gradients hardly vary.
   const bool centred = T > 1;
   const int64_t positions = T + centred, examples = max_of(1, GROUP_POSITIONS / positions);
   const int64_t groups = (B + examples - 1) / examples, padded = round_up(examples * positions, L);
@@ -33,22 +33,22 @@ template <typename in_t> void grad_gram_kernel(const LinearFactors& f, acc_t<in_
   auto pack_group = [&](int64_t g, bool act) {
     Packed<acc> group = group_of(g, act);
     const int64_t F = act ? I : O, depth = group.depth;
-    acc* rows = strip_scratch.get<acc>(group.columns * depth + depth);
-    acc* mean = rows + group.columns * depth;
+    acc* rows = strip_scratch.get<acc>((group.columns + 2) * depth);
+    acc *mean = rows + group.columns * depth, *total = mean + depth;
     for (int64_t e = 0; e < group.columns / positions; ++e) {
       int64_t b = g * examples + e, stride = act ? f.act_stride_t : f.grad_stride_t;
       const in_t* from = act ? static_cast<const in_t*>(f.act) + b * f.act_stride_b
                              : static_cast<const in_t*>(f.grad) + b * f.grad_stride_b;
       acc* to = rows + e * positions * depth;
-      if (centred) column_sums(from, stride, T, F, mean);
+      if (centred) exact_sums(from, stride, T, F, total, mean);
       for (int64_t t = 0; t < T; ++t) {
         convert(from + t * stride, to + t * depth, F);
-        if (centred && act)
-          for (int64_t i = 0; i < F; ++i) to[t * depth + i] -= mean[i] / acc(T);
+        if (centred)
+          for (int64_t i = 0; i < F; ++i) to[t * depth + i] -= mean[i];
         if (depth > F) to[t * depth + F] = centred ? 0 : 1;
       }
       if (centred) {
-        for (int64_t i = 0; i < F; ++i) to[T * depth + i] = act ? mean[i] / acc(T) : mean[i];
+        memcpy(to + T * depth, act ? mean : total, size_t(F) * sizeof(acc));
         if (depth > F) to[T * depth + F] = 1;
       }
     }

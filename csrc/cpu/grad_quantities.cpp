@@ -57,7 +57,10 @@ template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, con
         for (int64_t b = b0; b < b_end; ++b) {
           int64_t row = (b - b0) * T, count = examples > 1 ? T : block.count;
           const acc *a = A_strip + row * A_ld, *d = D_strip + row * D_ld;
-          if (rank1) static_cast<acc*>(q.sqnorm)[b] = (A_sqnorm[row] + (f.bias ? 1 : 0)) * D_sqnorm[row];
+          if (rank1)
+            static_cast<acc*>(q.sqnorm)[b] = sqnorm_rank1(
+                A_sqnorm[row], D_sqnorm[row], static_cast<const in_t*>(f.act) + b * f.act_stride_b,
+                static_cast<const in_t*>(f.grad) + b * f.grad_stride_b, f.I, f.O, f.bias, example_scratch);
           if (dots)
             dot_rows(d + D.S, D_ld, a + A.S, A_ld, count, q.K, q.rank, static_cast<acc*>(q.dot) + b * q.K, t0 > 0);
           if (q.sketch)
@@ -67,11 +70,10 @@ template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, con
       }
       if (q.sqnorm && T > 1)
         for (int64_t b = b0; b < b_end; ++b) {
-          auto sqnorm = q.gram ? &sqnorm_gram<in_t> : &sqnorm_direct<in_t>;
           static_cast<acc*>(q.sqnorm)[b] =
-              sqnorm(static_cast<const in_t*>(f.act) + b * f.act_stride_b, f.act_stride_t,
-                     static_cast<const in_t*>(f.grad) + b * f.grad_stride_b, f.grad_stride_t, T, f.I, f.O, f.bias,
-                     example_scratch);
+              sqnorm_sequence(q.gram, static_cast<const in_t*>(f.act) + b * f.act_stride_b, f.act_stride_t,
+                              static_cast<const in_t*>(f.grad) + b * f.grad_stride_b, f.grad_stride_t, T, f.I, f.O,
+                              f.bias, example_scratch);
         }
     }
   }

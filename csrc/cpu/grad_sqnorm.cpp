@@ -4,6 +4,8 @@
 // v2  Sequences: each example is packed once into panels of register-tile width. Gram: both T × T products tile by tile
 //     over the lower triangle, multiplied and summed while a strip is in cache; direct: G strip by strip. Half the FLOPs
 //     of two full Gram products, no page faults on T × T temporaries (bench/kernels/bench_grad_sqnorm.py).
+// v3  Both factors are centred, with sums in double: near-constant activations or gradients keep their digits. Where
+//     squares would leave the range of float32 although the norm does not, the example is done again, scaled.
 #include "grad_sqnorm.h"
 
 #include "sqnorm.h"
@@ -20,8 +22,12 @@ template <typename in_t> void grad_sqnorm_rank1_kernel(const LinearFactors& f, a
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b0 = 0; b0 < f.B; b0 += ROWS) {
     int64_t end = min_of(b0 + ROWS, f.B);
-    for (int64_t b = b0; b < end; ++b) out[b] = row_sqnorm(act + b * f.act_stride_b, f.I) + (f.bias ? 1 : 0);
-    for (int64_t b = b0; b < end; ++b) out[b] *= row_sqnorm(grad + b * f.grad_stride_b, f.O);
+    acc_t<in_t> act_sqnorm[ROWS];
+    for (int64_t b = b0; b < end; ++b) act_sqnorm[b - b0] = row_sqnorm(act + b * f.act_stride_b, f.I);
+    for (int64_t b = b0; b < end; ++b) {
+      const in_t *a = act + b * f.act_stride_b, *d = grad + b * f.grad_stride_b;
+      out[b] = acc_t<in_t>(sqnorm_rank1(act_sqnorm[b - b0], row_sqnorm(d, f.O), a, d, f.I, f.O, f.bias, scratch));
+    }
   }
 }
 
@@ -31,8 +37,7 @@ void grad_sqnorm_sequence_kernel(const LinearFactors& f, bool gram, acc_t<in_t>*
   for (int64_t b = 0; b < f.B; ++b) {
     const in_t* act = static_cast<const in_t*>(f.act) + b * f.act_stride_b;
     const in_t* grad = static_cast<const in_t*>(f.grad) + b * f.grad_stride_b;
-    auto sqnorm = gram ? &sqnorm_gram<in_t> : &sqnorm_direct<in_t>;
-    out[b] = sqnorm(act, f.act_stride_t, grad, f.grad_stride_t, f.T, f.I, f.O, f.bias, scratch);
+    out[b] = sqnorm_sequence(gram, act, f.act_stride_t, grad, f.grad_stride_t, f.T, f.I, f.O, f.bias, scratch);
   }
 }
 

@@ -28,25 +28,32 @@ template <typename in_t> acc_t<in_t> row_sqnorm(const in_t* row, int64_t n) {
   return total;
 }
 
-// sum[f] = Σ_t rows[t, f]
+// total[f] = Σ_t rows[t, f], added in double, and mean[f] = total[f] / T. Where rows nearly cancel, the rounding of a
+// float32 sum would be most of what is left.
 template <typename in_t>
-void column_sums(const in_t* rows, int64_t stride, int64_t T, int64_t F, acc_t<in_t>* sum) {
+void exact_sums(const in_t* rows, int64_t stride, int64_t T, int64_t F, acc_t<in_t>* total, acc_t<in_t>* mean) {
   using acc = acc_t<in_t>;
-  constexpr int L = LANES<acc>, WAYS = 4;
-  int64_t f = 0;
-  for (; f + WAYS * L <= F; f += WAYS * L) {
-    vec_t<acc> total[WAYS] = {};
-    for (int64_t t = 0; t < T; ++t)
-#pragma GCC unroll 4
-      for (int j = 0; j < WAYS; ++j) total[j] += load_converted(rows + t * stride + f + j * L);
-    for (int j = 0; j < WAYS; ++j) store_vec(sum + f + j * L, total[j]);
-  }
-  for (; f < F; ++f) {
-    acc total = 0;
-    for (int64_t t = 0; t < T; ++t) total += load(rows[t * stride + f]);
-    sum[f] = total;
+  constexpr int64_t WIDTH = 8 * LANES<double>;
+  for (int64_t f = 0; f < F; f += WIDTH) {
+    int64_t n = min_of(WIDTH, F - f);
+    double sum[WIDTH] = {};
+    acc converted[WIDTH];
+    for (int64_t t = 0; t < T; ++t) {
+      if (n == WIDTH) {
+        convert(rows + t * stride + f, converted, WIDTH);
+        for (int64_t j = 0; j < WIDTH; ++j) sum[j] += converted[j];
+      } else {
+        for (int64_t j = 0; j < n; ++j) sum[j] += load(rows[t * stride + f + j]);
+      }
+    }
+    for (int64_t j = 0; j < n; ++j) total[f + j] = acc(sum[j]), mean[f + j] = acc(sum[j] / double(T));
   }
 }
+
+// Squared lengths between these lost nothing to the ends of the accumulator's range.
+template <typename acc> constexpr double SMALL = sizeof(acc) == 4 ? 1e-28 : 1e-280;
+template <typename acc> constexpr double LARGE = sizeof(acc) == 4 ? 1e36 : 1e300;
+template <typename acc> bool in_range(double sqnorm) { return sqnorm >= SMALL<acc> && sqnorm <= LARGE<acc>; }
 
 // Σ_k v[k] · packed[position, k] of the positions of one panel of V vectors: lanes are positions.
 template <typename acc, int V> void panel_times_vector(const acc* panel, int64_t depth, const acc* v, acc* out) {
@@ -86,23 +93,24 @@ template <typename acc> acc dot(const acc* x, const acc* y, int64_t n) {
   return total;
 }
 
-// With Ã = A − 1āᵀ and s = Σ_t D[t]: ‖G‖² = Σ ÃÃᵀ∘DDᵀ + 2 (D s)·(Ã ā) + ‖s‖²‖ā‖². The lower triangle is computed,
-// one column panel at a time; T × T never exists.
+// With Ã = A − 1āᵀ, D̃ = D − 1d̄ᵀ and s = Σ_t D[t]: ‖G‖² = Σ ÃÃᵀ∘D̃D̃ᵀ + 2 (D̃ s)·(Ã ā) + ‖s‖²‖ā‖². The lower triangle
+// is computed, one column panel at a time; T × T never exists. `doubtful`: a Gram matrix left the range.
 template <typename in_t>
 double sqnorm_gram(const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T, int64_t I,
-                   int64_t O, bool bias, Scratch& scratch) {
+                   int64_t O, bool bias, Scratch& scratch, bool& doubtful) {
   using acc = acc_t<in_t>;
   constexpr int64_t L = LANES<acc>, N = NR<acc>, M = MR<acc>;
   int64_t padded = round_up(T, L);
-  acc* memory = scratch.get<acc>(padded * (I + O) + I + O + 2 * padded * N + 2 * N);
-  acc *mean = memory + padded * (I + O), *total = mean + I, *act_strip = total + O;
-  acc *grad_strip = act_strip + padded * N, *act_mean = grad_strip + padded * N, *grad_total = act_mean + N;
-  column_sums(act, act_stride, T, I, mean);
-  for (int64_t i = 0; i < I; ++i) mean[i] /= acc(T);
-  column_sums(grad, grad_stride, T, O, total);
+  acc* memory = scratch.get<acc>((padded + 2) * (I + O) + 2 * padded * N + 2 * N);
+  acc *mean = memory + padded * (I + O), *total = mean + I, *act_total = total + O, *grad_mean = act_total + I;
+  acc *act_strip = grad_mean + O, *grad_strip = act_strip + padded * N;
+  acc *act_mean = grad_strip + padded * N, *grad_total = act_mean + N;
+  exact_sums(act, act_stride, T, I, act_total, mean);
+  exact_sums(grad, grad_stride, T, O, total, grad_mean);
   Packed<acc> A = pack_all_rows(memory, act, act_stride, I, T, mean);
-  Packed<acc> D = pack_all_rows(memory + padded * I, grad, grad_stride, O, T);
+  Packed<acc> D = pack_all_rows(memory + padded * I, grad, grad_stride, O, T, grad_mean);
   double sqnorm = double(dot(total, total, O)) * (double(dot(mean, mean, I)) + bias);
+  acc longest_act = 0, longest_grad = 0;
   for (int64_t begin = 0; begin < T; begin += N) {
     int64_t width = A.width(begin);
     panel_times_vector(A, begin, mean, act_mean);
@@ -116,37 +124,110 @@ double sqnorm_gram(const in_t* act, int64_t act_stride, const in_t* grad, int64_
       const acc *a = act_strip + i * width, *d = grad_strip + i * width;
       twice += dot(a, d, i);
       once += a[i] * d[i];
+      longest_act = max_of(longest_act, a[i]);
+      longest_grad = max_of(longest_grad, d[i]);
     }
     // Below the diagonal block the strips are whole; padding positions are zero.
     if (T - begin > diagonal)
       twice += dot(act_strip + diagonal * width, grad_strip + diagonal * width, (T - begin - diagonal) * width);
     sqnorm += 2 * (twice + cross) + once;
   }
+  doubtful = (longest_act != 0 && !in_range<acc>(longest_act)) || (longest_grad != 0 && !in_range<acc>(longest_grad));
   static_assert(L % M == 0, "a row tile must not straddle two panels");
   return sqnorm;
 }
 
-// G in tiles of one column panel at a time, squared and summed; I × O never exists.
+// G = D̃ᵀÃ + s āᵀ in tiles of one column panel at a time, squared and summed; I × O never exists.
 template <typename in_t>
 double sqnorm_direct(const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T, int64_t I,
                      int64_t O, bool bias, Scratch& scratch) {
   using acc = acc_t<in_t>;
   int64_t I_padded = round_up(I, LANES<acc>), O_padded = round_up(O, LANES<acc>);
-  acc* memory = scratch.get<acc>(T * (I_padded + O_padded) + O + O_padded * NR<acc>);
-  acc *total = memory + T * (I_padded + O_padded), *strip = total + O;
-  Packed<acc> A = pack_all_columns(memory, act, act_stride, T, I);
-  Packed<acc> D = pack_all_columns(memory + T * I_padded, grad, grad_stride, T, O);
-  double sqnorm = 0;
+  acc* memory = scratch.get<acc>((T + 2) * (I_padded + O_padded) + O_padded * NR<acc>);
+  acc *mean = memory + T * (I_padded + O_padded), *total = mean + I_padded, *act_total = total + O_padded;
+  acc *grad_mean = act_total + I_padded, *strip = grad_mean + O_padded;
+  exact_sums(act, act_stride, T, I, act_total, mean);
+  exact_sums(grad, grad_stride, T, O, total, grad_mean);
+  for (int64_t i = I; i < I_padded; ++i) mean[i] = 0;
+  Packed<acc> A = pack_all_columns(memory, act, act_stride, T, I, mean);
+  Packed<acc> D = pack_all_columns(memory + T * I_padded, grad, grad_stride, T, O, grad_mean);
+  double sqnorm = bias ? double(dot(total, total, O)) : 0;
   for (int64_t begin = 0; begin < I; begin += NR<acc>) {
     int64_t width = A.width(begin);
     strip_product(D, 0, O_padded, A, begin, strip);
+    for (int64_t o = 0; o < O; ++o)
+      for (int64_t i = 0; i < width; ++i) strip[o * width + i] += total[o] * mean[begin + i];
     sqnorm += row_sqnorm(strip, O * width);
   }
-  if (bias) {
-    column_sums(grad, grad_stride, T, O, total);
-    sqnorm += dot(total, total, O);
-  }
   return sqnorm;
+}
+
+// --- where squares leave the accumulator's range although the gradient's squared norm does not
+
+// The largest magnitude, or −1 where something is infinite or NaN.
+template <typename in_t> double magnitude(const in_t* rows, int64_t stride, int64_t T, int64_t F) {
+  double most = 0;
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t f = 0; f < F; ++f) {
+      double x = load(rows[t * stride + f]);
+      x = x < 0 ? -x : x;
+      if (!(x <= 1.7976931348623157e308)) return -1;
+      if (x > most) most = x;
+    }
+  return most;
+}
+
+// rows · 2^−exponent, without gaps.
+template <typename in_t>
+void scale_rows(const in_t* rows, int64_t stride, int64_t T, int64_t F, int exponent, acc_t<in_t>* out) {
+  for (int64_t t = 0; t < T; ++t)
+    for (int64_t f = 0; f < F; ++f) out[t * F + f] = acc_t<in_t>(__builtin_ldexp(load(rows[t * stride + f]), -exponent));
+}
+
+// The same with both factors divided by a power of two near their largest magnitude; `plain` is what came without.
+template <typename in_t>
+double sqnorm_scaled(bool gram, const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T,
+                     int64_t I, int64_t O, bool bias, Scratch& scratch, double plain) {
+  using acc = acc_t<in_t>;
+  double a = magnitude(act, act_stride, T, I), d = magnitude(grad, grad_stride, T, O);
+  if (a < 0 || d < 0) return plain;
+  if (d == 0 || (a == 0 && !bias)) return 0;
+  int a_exponent = 0, d_exponent = 0;
+  __builtin_frexp(a, &a_exponent);
+  __builtin_frexp(d, &d_exponent);
+  Scratch copies;
+  acc* A = copies.get<acc>(T * (I + O) + 2 * O);
+  acc *D = A + T * I, *total = D + T * O;
+  scale_rows(act, act_stride, T, I, a_exponent, A);
+  scale_rows(grad, grad_stride, T, O, d_exponent, D);
+  bool ignored;
+  double sqnorm = T == 1 ? double(row_sqnorm(A, I)) * row_sqnorm(D, O)
+                  : gram ? sqnorm_gram(A, I, D, O, T, I, O, false, scratch, ignored)
+                         : sqnorm_direct(A, I, D, O, T, I, O, false, scratch);
+  sqnorm = __builtin_ldexp(sqnorm, 2 * (a_exponent + d_exponent));
+  if (!bias) return sqnorm;
+  exact_sums(D, O, T, O, total, total + O);
+  return sqnorm + __builtin_ldexp(double(dot(total, total, O)), 2 * d_exponent);
+}
+
+template <typename in_t>
+double sqnorm_sequence(bool gram, const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T,
+                       int64_t I, int64_t O, bool bias, Scratch& scratch) {
+  bool doubtful = false;
+  double sqnorm = gram ? sqnorm_gram(act, act_stride, grad, grad_stride, T, I, O, bias, scratch, doubtful)
+                       : sqnorm_direct(act, act_stride, grad, grad_stride, T, I, O, bias, scratch);
+  if (!doubtful && in_range<acc_t<in_t>>(sqnorm)) return sqnorm;
+  return sqnorm_scaled(gram, act, act_stride, grad, grad_stride, T, I, O, bias, scratch, sqnorm);
+}
+
+// One position: from ‖act‖² and ‖grad‖², again where one of them left the range.
+template <typename in_t>
+double sqnorm_rank1(double act_sqnorm, double grad_sqnorm, const in_t* act, const in_t* grad, int64_t I, int64_t O,
+                    bool bias, Scratch& scratch) {
+  using acc = acc_t<in_t>;
+  double sqnorm = (act_sqnorm + bias) * grad_sqnorm;
+  if (in_range<acc>(act_sqnorm) && in_range<acc>(grad_sqnorm)) return sqnorm;
+  return sqnorm_scaled(false, act, I, grad, O, 1, I, O, bias, scratch, sqnorm);
 }
 
 }  // namespace

@@ -11,6 +11,13 @@ def upcast(tensor: torch.Tensor) -> torch.Tensor:
     return rows if rows.dtype == torch.float64 else rows.float()
 
 
+def sums(rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Σ_t rows[b, t] and the mean over t, [B, 1, F] each. Added in float64: where rows nearly cancel, the rounding of a
+    float32 sum would be most of what is left."""
+    total = rows.sum(1, keepdim=True, dtype=torch.float64)
+    return total.to(rows.dtype), (total / max(1, rows.shape[1])).to(rows.dtype)
+
+
 def project_act(act: torch.Tensor, right: torch.Tensor | None, bias: bool) -> torch.Tensor:
     """[act, 1 if bias] @ right for act [B, T, I]; None is the identity."""
     if right is None:

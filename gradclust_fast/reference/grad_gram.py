@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from .common import upcast
+from .common import sums, upcast
 
 CHUNK = 1 << 24
 """Elements of all examples' G held at a time."""
@@ -13,8 +13,8 @@ CHUNK = 1 << 24
 def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     """⟨G_b, G_c⟩ = Σ_{s,t} (act[b, s]·act[c, t]) (grad[b, s]·grad[c, t]), centred within each example.
 
-    Replacing act[b] by its deviations from the example's mean, and adding one position (mean, Σ_t grad[b, t]), leaves
-    G_b as it is and takes the cancellation of near-constant activations out of the sum.
+    Replacing both factors by their deviations from the example's means, and adding one position (mean of act,
+    Σ_t grad[b, t]), leaves G_b as it is and takes the cancellation of near-constant factors out of the sum.
     """
     act, grad = upcast(act), upcast(grad)  # [B, T, I], [B, T, O]
     B, T = act.shape[:2]
@@ -25,15 +25,16 @@ def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor
     if T == 1:
         return (act[:, 0] @ act[:, 0].mT) * (grad[:, 0] @ grad[:, 0].mT)
     I, O = act.shape[2], grad.shape[2]
+    _, mean = sums(act)
+    total, grad_mean = sums(grad)
+    act = torch.cat([act - mean, mean], 1)  # [B, T + 1, I]
+    grad = torch.cat([grad - grad_mean, total], 1)
     if B * T * T * (I + O) > (T + B) * I * O:  # FLOPs of the two ways
         gram = act.new_zeros(B, B)
         for part in grad.split(max(1, CHUNK // max(1, B * I)), 2):  # rows of G, of all examples
             G = (part.mT @ act).flatten(1)
             gram += G @ G.mT
         return gram
-    mean = act.mean(1, keepdim=True)
-    act = torch.cat([act - mean, mean], 1)  # [B, T + 1, I]
-    grad = torch.cat([grad, grad.sum(1, keepdim=True)], 1)
     rows = []
     for a, d in zip(act, grad):  # one example against all: [T + 1, B, T + 1] at a time
         rows.append(((act @ a.mT) * (grad @ d.mT)).sum((1, 2)))  # [B]

@@ -1,0 +1,175 @@
+"""Inputs that cancel and magnitudes that overflow: 1e-4 of the float64 result of the same (rounded) inputs."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from oracle import conv_grads
+from recorded import one_at_a_time
+from torch import nn
+
+import gradclust_fast as gf
+
+HALF = [torch.float32, torch.bfloat16, torch.float16]
+SHAPES = [  # T, I, O and the spread of float32 inputs around their common offset
+    (2, 8, 8, 1e-4),  # Gram sums
+    (16, 64, 48, 1e-4),
+    (300, 200, 300, 1e-4),
+    (512, 512, 384, 1e-3),
+    (70, 24, 20, 1e-4),  # direct products
+    (4096, 8, 8, 1e-4),
+    (1500, 33, 20, 1e-4),
+    (3000, 1, 3, 1e-3),
+]
+
+
+def factors(T, I, O, spread, dtype, which, offset=1.0):
+    """Near-constant activations and gradients of mean zero over positions, or the other way round."""
+    near = lambda F: offset * (1 + spread * torch.randn(3, T, F))  # noqa: E731
+    zero = torch.randn(3, T, O if which == "act" else I)
+    zero = zero - zero.mean(1, keepdim=True)
+    act, grad = (near(I), zero) if which == "act" else (zero, near(O))
+    return act.to(dtype), grad.to(dtype)
+
+
+def close(got, want, rtol=1e-4):
+    torch.testing.assert_close(got.double(), want, rtol=rtol, atol=0)
+
+
+@pytest.mark.parametrize("which", ["act", "grad"])
+@pytest.mark.parametrize("T, I, O, spread", SHAPES)
+def test_linear_norms_and_products_where_sums_cancel(backend, T, I, O, spread, which):
+    for dtype in HALF:
+        act, grad = factors(T, I, O, spread if dtype == torch.float32 else 2e-2, dtype, which)
+        G = (grad.double().mT @ act.double()).flatten(1)
+        close(gf.ops.grad_sqnorm(act, grad), G.square().sum(1))
+        close(gf.ops.grad_quantities(act, grad, sqnorm=True).sqnorm, G.square().sum(1))
+        close(gf.ops.grad_sqnorm(act, grad, bias=True), G.square().sum(1) + grad.double().sum(1).square().sum(1))
+        if T * I * O < 1 << 22:
+            size = G.norm(dim=1)
+            error = (gf.ops.grad_gram(act, grad).double() - G @ G.mT).abs() / (size * size.unsqueeze(1))
+            assert error.max() < 1e-4
+
+
+@pytest.mark.parametrize("offset", [300.0, 1e4])
+@pytest.mark.parametrize("T, I, O", [(64, 64, 64), (2048, 16, 16)])
+def test_linear_norms_with_a_large_common_offset(backend, T, I, O, offset):
+    act, grad = factors(T, I, O, 1e-2, torch.float32, "act", offset)
+    close(gf.ops.grad_sqnorm(act, grad), (grad.double().mT @ act.double()).square().sum((1, 2)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize("exponent", [15, -15, 20, -20, 30, -30])
+@pytest.mark.parametrize("T, I, O", [(1, 20, 30), (1, 0, 3), (8, 64, 64), (300, 20, 10)])
+def test_magnitudes_in_opposite_directions(backend, T, I, O, exponent, dtype):
+    """‖act‖² or ‖grad‖² leaves the range of the accumulator; ‖G‖² does not. One example is ordinary, one all zero."""
+    exponent *= 6 if dtype == torch.float64 else 1
+    act, grad = torch.randn(4, T, I, dtype=torch.float64), torch.randn(4, T, O, dtype=torch.float64)
+    act[:2] *= 10.0**exponent
+    grad[:2] *= 10.0**-exponent
+    grad[3] = 0
+    act, grad = act.to(dtype), grad.to(dtype)
+    want = (grad.double().mT @ act.double()).square().sum((1, 2))
+    close(gf.ops.grad_sqnorm(act, grad), want)
+    close(gf.ops.grad_quantities(act, grad, sqnorm=True).sqnorm, want)
+    if exponent > 0 and I:  # else the bias's gradient itself is out of range
+        close(gf.ops.grad_sqnorm(act, grad, bias=True), want + grad.double().sum(1).square().sum(1))
+
+
+def test_infinite_and_missing_numbers_stay_in_their_rows(backend):
+    for T in (1, 5, 300):
+        act, grad = torch.randn(4, T, 6) * 1e-20, torch.randn(4, T, 5) * 1e20
+        act[1, 0, 0], grad[2, 0, 0] = float("nan"), float("inf")
+        finite = gf.ops.grad_sqnorm(act, grad).isfinite()
+        assert finite.tolist() == [True, False, False, True]
+    huge = torch.full((1, 1, 3), 1e30)
+    assert gf.ops.grad_sqnorm(huge, huge).isinf().all()  # too large in truth
+
+
+@pytest.mark.parametrize("which", ["act", "grad"])
+@pytest.mark.parametrize(
+    "C, O, size, kernel, options",
+    [
+        (3, 16, (32, 32), 3, {}),
+        (16, 16, (8, 8), 3, {"padding": 1}),
+        (8, 8, (24, 24), 3, {"groups": 8}),
+        (4, 6, (20, 20), 5, {"stride": 2, "padding": 2}),
+        (8, 12, (1000,), 7, {"dilation": 2}),
+        (6, 4, (5, 6, 7), 3, {"groups": 2}),
+    ],
+)
+def test_convolution_norms_where_sums_cancel(backend, C, O, size, kernel, options, which):
+    conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[len(size) - 1](C, O, kernel, **options)
+    dims = tuple(range(2, 2 + len(size)))
+    for dtype in HALF:
+        spread = 1e-3 if dtype == torch.float32 else 2e-2
+        act = torch.randn(2, C, *size)
+        grad = torch.randn_like(conv(act))
+        if which == "act":
+            act, grad = 1 + spread * act, grad - grad.mean(dims, keepdim=True)
+        else:
+            act, grad = act - act.mean(dims, keepdim=True), 1 + spread * grad
+        act, grad = act.to(dtype), grad.to(dtype)
+        want = conv_grads(act, grad, kernel_size=kernel, **options).square().sum((1, 2))
+        close(gf.ops.conv_sqnorm(act, grad, kernel_size=[kernel] * len(size), **options), want)
+
+
+RECORDED = {  # name: (layer, shape of its input, dimensions of positions)
+    "linear-gram": (lambda: nn.Linear(64, 48), (3, 32, 64), (1,)),
+    "linear-direct": (lambda: nn.Linear(8, 6), (3, 4096, 8), (1,)),
+    "linear-4d": (lambda: nn.Linear(24, 24), (3, 8, 16, 24), (1, 2)),
+    "conv": (lambda: nn.Conv2d(6, 8, 3), (3, 6, 16, 16), (2, 3)),
+    "conv-depthwise": (lambda: nn.Conv1d(6, 6, 5, groups=6), (3, 6, 500), (2,)),
+    "transposed": (lambda: nn.ConvTranspose2d(3, 4, 3, stride=2), (3, 3, 9, 9), (2, 3)),
+    "layer-norm": (lambda: nn.LayerNorm(64), (3, 256, 64), (1,)),
+    "rms-norm": (lambda: nn.RMSNorm(64), (3, 256, 64), (1,)),
+    "group-norm": (lambda: nn.GroupNorm(4, 16), (3, 16, 32, 32), (2, 3)),
+    "instance-norm": (lambda: nn.InstanceNorm1d(6, affine=True), (3, 6, 2000), (2,)),
+}
+
+
+@pytest.mark.parametrize("offset", [1.0, 300.0])
+@pytest.mark.parametrize("name", RECORDED)
+def test_recorded_norms_where_sums_cancel(name, offset):
+    build, shape, positions = RECORDED[name]
+    layer = build()
+    x = offset * (1 + 1e-3 * torch.randn(shape))
+    target = torch.randn_like(layer(x))
+    target -= target.mean(positions, keepdim=True)
+    with gf.record(layer, loss_reduction="sum") as rec:
+        (layer(x) * target).sum().backward()
+    oracle = one_at_a_time(layer, lambda m: (m(x.double()) * target.double()).flatten(1).sum(1))
+    close(rec.sq_norms_by_parameter["weight"], oracle["weight"].flatten(1).square().sum(1))
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("name", ["linear-gram", "linear-direct", "conv", "layer-norm"])
+def test_recorded_norms_of_half_precision_models(name, half):
+    """The factors are half precision; what is made of them is not."""
+    build, shape, positions = RECORDED[name]
+    layer = build().to(half)
+    x = (1 + 2e-2 * torch.randn(shape)).to(half)
+    target = torch.randn(layer(x).shape)
+    target = (target - target.mean(positions, keepdim=True)).to(half)
+    with gf.record(layer, loss_reduction="sum") as rec:
+        layer(x).backward(target)
+    wide = copy.deepcopy(layer).double()
+    rows = []
+    for b in range(3):
+        wide.zero_grad()
+        wide(x[b : b + 1].double()).backward(target[b : b + 1].double())
+        rows.append(wide.weight.grad.square().sum())
+    close(rec.sq_norms_by_parameter["weight"], torch.stack(rows), rtol=1e-4)
+
+
+@pytest.mark.parametrize("positions", [(), (5,)])
+@pytest.mark.parametrize("scale", [1e-20, 1e20])
+def test_recorded_norms_of_tiny_and_huge_factors(scale, positions):
+    layer = nn.Linear(6, 4)
+    x, target = torch.randn(3, *positions, 6) / scale, torch.randn(3, *positions, 4) * scale
+    with gf.record(layer, loss_reduction="sum", parameters="weight") as rec:
+        (layer(x) * target).sum().backward()
+    oracle = one_at_a_time(layer, lambda m: (m(x.double()) * target.double()).flatten(1).sum(1), ["weight"])
+    close(rec.sq_norms, oracle["weight"].flatten(1).square().sum(1))
