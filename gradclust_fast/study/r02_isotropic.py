@@ -33,5 +33,11 @@ ROW = Row(
         "small": "X [500, 1000], B = K = 10, lr 5e-5, 5000 steps, snapshot every 1000",
         "paper": "X [500, 1000], B = K = 10, lr 5e-5, 40,000 steps, snapshot every 1000",
     },
+    remarks="The lower end of the criterion for GC exact, .70, was a guess, and our strata are below it: better, not "
+    "worse. They are as good as can be. For gradients orthogonal to each other `S_k = Σ ‖g‖² (1 − 1/N_k)`, so "
+    "the best strata are intervals of the norm, few examples where it is large; their optimum, by dynamic "
+    "programming over the sorted norms, is .639 to .645 for these three problems, and exact moves on full "
+    "gradients end at .638 to .646. Gradients that differ in nothing but their norms' spread can still be "
+    "stratified; the paper's rule does not see it.",
     paper="it has no such measurement.",
 )

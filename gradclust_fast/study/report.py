@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,9 @@ def write_figure(row: Row, table: Table, out: Path) -> Path | None:
     try:
         import matplotlib  # noqa: F401
     except ModuleNotFoundError:
+        print(
+            f"{row.stem}.png is not drawn: that needs matplotlib (pip install 'gradclust_fast[study]')", file=sys.stderr
+        )
         return None
     return write_atomically(out / f"{row.stem}.png", png(row.draw(table)))
 
