@@ -133,7 +133,8 @@ def test_checks_need_finite_values_within_the_bounds():
     assert check("a", "b", [0.1, 0.3], below=0.15).passed is False
     assert check("a", "b", [0.5], below=0.75, above=0.5, strict=True).passed is False
     assert check("a", "b", [float("nan")], below=1).passed is False
-    assert check("a", "b", [], below=1).passed is None
+    assert check("a", "b", [], below=1).verdict == "undecided"
+    assert check("a", "b", [0.0] * 3, below=1).verdict == "pass" and check("a", "b", [], below=None).verdict == "–"
     assert check("a", "b", [1.0]).passed is None
 
 
@@ -253,12 +254,14 @@ def test_the_report_holds_every_row_with_its_verdicts(tmp_path, capsys):
     run = replace(run, draw=lambda table: trajectory_figure(table, "tiny", by="lr"))
     run_rows([run], Options(out=tmp_path), [0, 1])
     texts = write_report({"R98": idle, "R99": run}, tmp_path, tmp_path / "guide" / "study.md")
-    assert len(texts) == 1 and "pass (of 2 seeds; 3 needed)" in texts[0]
+    assert len(texts) == 1 and "R99  tiny: pass; fewer than 3 seeds" in texts[0]
     page = (tmp_path / "guide" / "study.md").read_text()
-    assert "| low enough | 0.2 | 0.5 (0.5 to 0.5) | ≤ 0.6 | pass |" in page
+    assert "| low enough | 0.2 | 0.5 (0.5 to 0.5) | ≤ 0.6 | pass (2 of 3 seeds) |" in page
     assert "![R99: tiny](../r99.png)" in page and "Not run." in page and str(tmp_path) not in page
     assert (tmp_path / "r99.png").read_bytes().startswith(b"\x89PNG")
-    assert (tmp_path / "summary.csv").read_text().splitlines()[1] == "R99,low enough,0.2,0.5 (0.5 to 0.5),≤ 0.6,pass"
+    assert (tmp_path / "summary.csv").read_text().splitlines()[
+        1
+    ] == "R99,low enough,0.2,0.5 (0.5 to 0.5),≤ 0.6,pass (2 of 3 seeds)"
 
 
 def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):

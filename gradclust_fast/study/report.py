@@ -31,17 +31,19 @@ def evaluate(row: Row, table: Table) -> list[Check]:
 
 def verdict(checks: list[Check], about: dict[str, Any]) -> str:
     """One word or two for a row."""
-    decided = [c.passed for c in checks if c.passed is not None]
     if not checks:
         return "not run"
-    word = (
-        "no criterion" if not decided else "pass" if all(decided) else f"{decided.count(False)} of {len(decided)} fail"
-    )
-    seeds = len(about.get("seeds", []))
+    decided = [c.passed for c in checks if c.passed is not None]
+    failed, undecided = decided.count(False), sum(c.passed is None and bool(c.bar) for c in checks)
+    words = [f"{failed} of {len(decided)} fail" if failed else "pass" if decided else "no criterion"]
+    if undecided:
+        words.append(f"{undecided} undecided")
     missing = about.get("expected", 0) - len(about.get("units", []))
     if missing > 0:
-        return f"{word}; {missing} units not run yet"
-    return word if seeds >= SEEDS_NEEDED or not about else f"{word} (of {seeds} seeds; {SEEDS_NEEDED} needed)"
+        words.append(f"{missing} units not run yet")
+    if any(c.passed is not None and c.seeds is not None and c.seeds < SEEDS_NEEDED for c in checks):
+        words.append(f"fewer than {SEEDS_NEEDED} seeds")
+    return "; ".join(words)
 
 
 def text_of(row: Row, checks: list[Check], about: dict[str, Any]) -> str:

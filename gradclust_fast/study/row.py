@@ -50,17 +50,23 @@ class Variant:
 
 @dataclass(frozen=True)
 class Check:
-    """One evaluated pass criterion. ``passed`` None: there is nothing to evaluate it on, or no criterion was set."""
+    """One evaluated pass criterion. ``passed`` None: there is nothing to evaluate it on, or no criterion was set.
+
+    ``seeds``: values it rests on; None where that is not a matter of seeds.
+    """
 
     claim: str
     paper: str
     ours: str
     passed: bool | None
     bar: str = ""
+    seeds: int | None = None
 
     @property
     def verdict(self) -> str:
-        return {True: "pass", False: "FAIL", None: "–"}[self.passed]
+        word = {True: "pass", False: "FAIL", None: "undecided" if self.bar else "–"}[self.passed]
+        few = self.passed is not None and self.seeds is not None and self.seeds < SEEDS_NEEDED
+        return f"{word} ({self.seeds} of {SEEDS_NEEDED} seeds)" if few else word
 
 
 def check(
@@ -82,7 +88,7 @@ def check(
     bounds += [f"{less} {below:.4g}"] if below is not None else []
     bar = " and ".join(bounds)
     if not values:
-        return Check(claim, paper, "no finished trajectory", None, bar)
+        return Check(claim, paper, "no finished trajectory", None, bar, 0)
     center = mean(values)
     passed: bool | None = None
     if bounds:
@@ -91,7 +97,7 @@ def check(
             passed &= center < below or (not strict and center == below)
         if above is not None:
             passed &= center > above or (not strict and center == above)
-    return Check(claim, paper, spread(values), passed, bar)
+    return Check(claim, paper, spread(values), passed, bar, len(values))
 
 
 def spread(values: Sequence[float]) -> str:
