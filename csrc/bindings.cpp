@@ -20,6 +20,7 @@
 #include "grad_moments.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
+#include "stamp.h"
 #include "tuples.h"
 
 namespace py = pybind11;
@@ -178,6 +179,7 @@ void bind_embedding(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gradclust_fast native kernels (torch-free)";
   m.attr("isa") = isa_name();
+  m.attr("stamp") = stamp;
   m.attr("compiler") = GRADCLUST_COMPILER;
 #if defined(_OPENMP)
   m.attr("openmp") = true;

@@ -5,11 +5,13 @@ Only ``ops/`` calls the module; everything that crosses the boundary is an addre
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import importlib.util
 import os
 import platform
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import torch  # before _C, so that both share one OpenMP thread pool
@@ -22,12 +24,35 @@ _NOT_BUILT = (
 )
 
 
+_STALE = (
+    "the native module was built from other sources than those beside it (csrc has changed since); build it anew: "
+    "`pip install -e .` in the source tree"
+)
+
+
+def stamp_of(csrc: Path) -> str:
+    """What CMakeLists.txt compiles in as ``_C.stamp``: a digest of the names and contents of all files in csrc."""
+    files = {
+        path.relative_to(csrc).as_posix(): path
+        for path in csrc.rglob("*")
+        if path.suffix in (".cpp", ".h", ".cu", ".cuh")
+    }
+    listing = (f"{name} {hashlib.sha256(path.read_bytes()).hexdigest()}\n" for name, path in sorted(files.items()))
+    return hashlib.sha256("".join(listing).encode()).hexdigest()
+
+
 def _load() -> tuple[Any, str | None]:
     name = f"{__package__}._C"
     if importlib.util.find_spec(name) is None:
         return None, _NOT_BUILT
     try:
-        return importlib.import_module(name), None
+        module = importlib.import_module(name)
+        built_from = getattr(module, "stamp", None)
+        csrc = Path(__file__).resolve().parent.parent / "csrc"
+        # An installed package has no sources beside it, and came in one piece.
+        if built_from is None or ((csrc / "bindings.cpp").is_file() and built_from != stamp_of(csrc)):
+            return None, _STALE
+        return module, None
     except ImportError as error:
         if "GRADCLUST_CPU_ISA" in str(error):  # the user asked for it, so nothing slower may take its place
             raise ValueError(f"{error}; set it to one that this processor has, or unset it") from None

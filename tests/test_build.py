@@ -275,6 +275,33 @@ def test_a_broken_native_module_is_reported_with_its_own_error(tmp_path):
     assert "the native module was found but cannot be loaded: libgomp.so.1" in output
 
 
+@needs_native
+def test_a_native_module_of_an_older_build_is_found_and_not_used(tmp_path):
+    tree = tmp_path / "tree"
+    for name in ("csrc", "gradclust_fast"):  # the module as built in place
+        shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
+    if not list((tree / "gradclust_fast").glob("_C*")):
+        shutil.copy(_native._C.__file__, tree / "gradclust_fast")
+    code = (
+        "import torch, gradclust_fast as gf\n"
+        "print(gf.build_info()['C++ kernels'])\n"
+        "print(gf.ops.grad_sqnorm(torch.ones(2, 3), torch.ones(2, 3)).tolist())\n"
+        "with gf.backend('cpu'): gf.ops.grad_sqnorm(torch.ones(2, 3), torch.ones(2, 3))"
+    )
+
+    def go():
+        return run(sys.executable, "-c", code, cwd=tree, PYTHONPATH=str(tree))
+
+    fresh = go()
+    assert fresh.returncode == 0 and fresh.stdout.startswith(_native._C.isa), fresh.stdout
+    (tree / "csrc" / "types.h").write_text("// one more field\n")
+    stale = go()
+    assert stale.stdout.startswith("unavailable: the native module was built from other sources"), stale.stdout
+    assert "[9.0, 9.0]" in stale.stdout and stale.returncode != 0
+    assert "backend 'cpu' was forced and cannot run: the native module was built from other sources" in stale.stdout
+    assert "`pip install -e .`" in stale.stdout
+
+
 def test_importing_needs_no_gpu_and_no_optional_package():
     modules = "import sys, gradclust_fast; print(sorted({name.split('.')[0] for name in sys.modules}))"
     loaded = succeed(sys.executable, "-c", modules)
