@@ -20,6 +20,7 @@
 #include "grad_moments.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
+#include "norm_grads.h"
 #include "stamp.h"
 #include "tuples.h"
 
@@ -174,6 +175,17 @@ void bind_embedding(py::module_& m) {
   }, nogil());
 }
 
+// (input, grad, dtype, B, T, D, groups, input_stride_b, input_stride_t, grad_stride_b, grad_stride_t)
+using NormTuple = std::array<int64_t, 11>;
+
+void bind_norm(py::module_& m) {
+  m.def("norm_grads_cpu", [](const NormTuple& t, double eps, bool rms, uintptr_t weight, uintptr_t bias, int threads) {
+    NormFactors f{pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
+                  t[9], t[10]};
+    PICK(norm_grads_cpu)(f, eps, rms, pointer(weight), pointer(bias), threads);
+  }, nogil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -203,6 +215,7 @@ PYBIND11_MODULE(_C, m) {
   bind_cluster(m);
   bind_conv(m);
   bind_embedding(m);
+  bind_norm(m);
 #if defined(GRADCLUST_HAVE_CUDA)
   bind_cuda(m);
 #endif

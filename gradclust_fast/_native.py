@@ -156,6 +156,14 @@ def embedding(index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padd
     )  # fmt: skip
 
 
+def norm(input: torch.Tensor, grad: torch.Tensor, groups: int) -> tuple[int, ...]:
+    """csrc/bindings.cpp:NormTuple of input and grad [B, T, D], or [B, C, S] with groups, both with last stride 1."""
+    return (
+        input.data_ptr(), grad.data_ptr(), DTYPES[input.dtype], *input.shape, groups,
+        *input.stride()[:2], *grad.stride()[:2],
+    )  # fmt: skip
+
+
 def rows(points: torch.Tensor) -> tuple[int, ...]:
     """csrc/bindings.cpp:RowsTuple of points [N, R] with feature stride 1."""
     return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)

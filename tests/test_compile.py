@@ -41,6 +41,7 @@ CASES = {  # op: (options, arguments for a batch of B)
     "embedding_dot": (TABLE, lambda B: (*looked_up(B), torch.randn(B, 9), torch.randn(B, 4))),
     "embedding_gram": (TABLE, looked_up),
     "embedding_moments": (TABLE, looked_up),
+    "norm_grads": ({"eps": 1e-6}, lambda B: (torch.randn(B, 5, 4), torch.randn(B, 5, 4))),
     "assign": ({}, lambda B: (torch.randn(B, 6), torch.rand(6), torch.rand(B))),
     "assign_points": ({}, lambda B: (torch.randn(B, 6), torch.randn(B + 3, 6))),
     "cluster_sums": ({"num_clusters": 4}, lambda B: (torch.randn(B, 6), torch.randint(0, 4, (B,)))),

@@ -117,7 +117,7 @@ def test_every_op_is_covered_here():
     conv = {f"conv_{what}" for what in EXTRA}
     points = {"assign", "assign_points", "cluster_sums", "exact_moves"}
     tables = {f"embedding_{what}" for what in EXTRA}
-    assert set(gf.ops.__all__) <= linear | conv | tables | points
+    assert set(gf.ops.__all__) <= linear | conv | tables | points | {"norm_grads"}
     assert set(gf.ops.__all__) == set(OPS)
 
 
@@ -156,6 +156,14 @@ def test_embedding_ops(what, dtype, B, positions, V, D, padding_idx):
     }.get(what, {})
     options = {"num_embeddings": V, "padding_idx": padding_idx}
     check(f"embedding_{what}", (index, grad), {**options, **extra}, dtype)
+
+
+@on_device
+@pytest.mark.parametrize(
+    "shape, options", [((3, 50, 130), {}), ((70, 33), {"rms": True}), ((5, 12, 9, 7), {"groups": 4})]
+)
+def test_norm_grads(dtype, shape, options):
+    check("norm_grads", (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)), options, dtype)
 
 
 @on_device

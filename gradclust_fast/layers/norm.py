@@ -1,11 +1,14 @@
 """Affine normalisation layers: the weight's gradient is ``Σ_t grad[t] ∘ x̂[t]``, the bias's ``Σ_t grad[t]``.
 
 Both are as small as the parameter, so they are stored per example. The normalised input x̂ is computed again from the
-layer's input, in the accumulator's precision, which costs less than keeping it.
+layer's input, in the accumulator's precision, which costs less than keeping it. Layer, RMS and group
+normalisation do so in the op ``norm_grads``, which reads input and gradient once for both parameters.
 """
 
 from __future__ import annotations
 
+import math
+import weakref
 from abc import abstractmethod
 from collections.abc import Callable, Sequence
 from typing import ClassVar
@@ -14,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from .base import BatchLayout, Call, DenseFactors, Factors, accumulator
+from .base import BatchLayout, Call, DenseFactors, Factors, accumulator, run_op
 
 _COSTS = {
     "weight": ("small", "normalises the input once more; a gradient an example, as large as the parameter"),
@@ -29,29 +32,46 @@ class _NormCall(Call):
     def __init__(self, input: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None) -> None:
         self.held: torch.Tensor | None = input
         self.parameters = {"weight": weight, "bias": bias}
+        self._bias: tuple[weakref.ref[torch.Tensor], torch.Tensor] | None = None
 
-    @abstractmethod
-    def _normalised(self, input: torch.Tensor) -> torch.Tensor:
-        """x̂, the output without weight and bias."""
-
-    def _products(self, role: str, grad: torch.Tensor) -> torch.Tensor:
-        """What is summed over an example's positions."""
-        grad = grad.to(accumulator(grad.dtype))
-        if role == "bias":
-            return grad
+    def _read(self, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """The layer's input and the gradient of its output, in one dtype."""
         assert self.held is not None
-        return grad * self._normalised(self.held.to(grad.dtype))
+        dtype = torch.promote_types(self.held.dtype, grad.dtype)
+        return self.held.to(dtype), grad.to(dtype)
+
+    def _keep_bias(self, grad: torch.Tensor, bias: torch.Tensor) -> None:
+        """One read of grad gives both parameters' gradients; the bias is asked for next, if it is recorded."""
+        self._bias = weakref.ref(grad), bias
+
+    def _kept_bias(self, grad: torch.Tensor) -> torch.Tensor | None:
+        kept, self._bias = self._bias, None
+        return kept[1] if kept is not None and kept[0]() is grad else None
 
 
 class _TrailingNormCall(_NormCall):
     """Normalises over the trailing dimensions ``shape``; all others but the batch are positions."""
 
     shareable = True
+    rms: ClassVar[bool] = False
     shape: Sequence[int]
+    eps: float | None
 
     def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
-        rows = layout.rows(self._products(role, grad), len(self.shape))  # [B, *, *shape]
-        return DenseFactors(rows.reshape(rows.shape[0], -1 if rows.numel() else 0, *self.shape).sum(1))
+        bias = self._kept_bias(grad) if role == "bias" else None
+        if role == "weight":
+            input, output_grad = (layout.rows(tensor, len(self.shape)) for tensor in self._read(grad))
+            B, D = input.shape[0], math.prod(self.shape)
+            positions = input.shape[1 : input.dim() - len(self.shape)].numel()
+            eps = torch.finfo(accumulator(input.dtype)).eps if self.eps is None else self.eps
+            flat = (B, positions, D)
+            weight, bias = run_op("norm_grads", input.reshape(flat), output_grad.reshape(flat), 0, eps, self.rms)
+            self._keep_bias(grad, bias.reshape(B, *self.shape))
+            return DenseFactors(weight.reshape(B, *self.shape))
+        if bias is None:
+            rows = layout.rows(grad.to(accumulator(grad.dtype)), len(self.shape))  # [B, *, *shape]
+            bias = rows.reshape(rows.shape[0], -1 if rows.numel() else 0, *self.shape).sum(1)
+        return DenseFactors(bias)
 
 
 class LayerNormCall(_TrailingNormCall):
@@ -72,13 +92,11 @@ class LayerNormCall(_TrailingNormCall):
         super().__init__(input, weight, bias)
         self.shape, self.eps = normalized_shape, eps
 
-    def _normalised(self, input: torch.Tensor) -> torch.Tensor:
-        return F.layer_norm(input, self.shape, None, None, self.eps)
-
 
 class RMSNormCall(_TrailingNormCall):
     """``torch.nn.functional.rms_norm`` and ``torch.rms_norm``."""
 
+    rms = True
     functions: ClassVar = (F.rms_norm, torch.rms_norm)
     modules: ClassVar = {nn.RMSNorm: ("weight",)}
 
@@ -92,16 +110,21 @@ class RMSNormCall(_TrailingNormCall):
         super().__init__(input, weight, None)
         self.shape, self.eps = normalized_shape, eps
 
-    def _normalised(self, input: torch.Tensor) -> torch.Tensor:
-        return F.rms_norm(input, self.shape, None, self.eps)
+
+def _per_channel(tensor: torch.Tensor) -> torch.Tensor:
+    """[B, C, *] → [B, C], summed over positions."""
+    return tensor.reshape(*tensor.shape[:2], tensor.shape[2:].numel()).sum(2)
 
 
 class _ChannelNormCall(_NormCall):
     """Weight and bias belong to dimension 1 of [B, C, *]."""
 
+    @abstractmethod
+    def _sums(self, role: str, grad: torch.Tensor) -> torch.Tensor:
+        """[n, C] gradients of one parameter, a row of the layer's input each."""
+
     def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
-        products = self._products(role, grad)
-        total = layout.fold(products.reshape(*products.shape[:2], products.shape[2:].numel()).sum(2))  # [B, (n,) C]
+        total = layout.fold(self._sums(role, grad))  # [B, (n,) C]
         return DenseFactors(total if total.dim() == 2 else total.sum(1))
 
 
@@ -123,8 +146,13 @@ class GroupNormCall(_ChannelNormCall):
         super().__init__(input, weight, bias)
         self.groups, self.eps = num_groups, eps
 
-    def _normalised(self, input: torch.Tensor) -> torch.Tensor:
-        return F.group_norm(input, self.groups, None, None, self.eps)
+    def _sums(self, role: str, grad: torch.Tensor) -> torch.Tensor:
+        bias = self._kept_bias(grad) if role == "bias" else None
+        if role == "weight":
+            weight, bias = run_op("norm_grads", *self._read(grad), self.groups, self.eps, False)
+            self._keep_bias(grad, bias)
+            return weight
+        return _per_channel(grad.to(accumulator(grad.dtype))) if bias is None else bias
 
 
 class BatchNormCall(_ChannelNormCall):
@@ -151,7 +179,15 @@ class BatchNormCall(_ChannelNormCall):
         self.mean = running_mean.clone() if keep else None  # type: ignore[union-attr]
         self.var = running_var.clone() if keep else None  # type: ignore[union-attr]
 
+    def _sums(self, role: str, grad: torch.Tensor) -> torch.Tensor:
+        grad = grad.to(accumulator(grad.dtype))
+        if role == "bias":
+            return _per_channel(grad)
+        assert self.held is not None
+        return _per_channel(grad * self._normalised(self.held.to(grad.dtype)))
+
     def _normalised(self, input: torch.Tensor) -> torch.Tensor:
+        """x̂, the output without weight and bias."""
         if self.mean is None or self.var is None:
             return F.batch_norm(input, None, None, None, None, True, 0.0, self.eps)
         return F.batch_norm(input, self.mean.to(input.dtype), self.var.to(input.dtype), eps=self.eps)

@@ -20,6 +20,7 @@ from .grad_moments import grad_moments
 from .grad_quantities import grad_quantities
 from .grad_sketch import grad_sketch
 from .grad_sqnorm import grad_sqnorm
+from .norm_grads import norm_grads
 
 __all__ = [
     "assign",
@@ -42,4 +43,5 @@ __all__ = [
     "grad_quantities",
     "grad_sketch",
     "grad_sqnorm",
+    "norm_grads",
 ]

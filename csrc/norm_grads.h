@@ -1,0 +1,22 @@
+// Per-example gradients of a normalisation layer's weight and bias: Σ_t grad∘x̂ and Σ_t grad. Launchers; the kernels are
+// in cpu/norm_grads.cpp. Results are float64 for float64 inputs, else float32.
+#pragma once
+#include "launch.h"
+#include "types.h"
+
+namespace gradclust {
+
+// Strides count elements; the last dimension has stride 1.
+struct NormFactors {
+  const void* input;  // [B, T, D], every row normalised; with groups [B, C, S], every group of C/groups rows
+  const void* grad;
+  DType dtype;
+  int64_t B, T, D;  // with groups T is C and D is S
+  int64_t groups;   // 0: rows
+  int64_t input_stride_b, input_stride_t, grad_stride_b, grad_stride_t;
+};
+
+// weight, bias: [B, D], with groups [B, C]. With rms the mean is taken for 0.
+GRADCLUST_CPU_LAUNCHER(norm_grads_cpu, const NormFactors& f, double eps, bool rms, void* weight, void* bias, int threads)
+
+}  // namespace gradclust
