@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from gradclust_fast.layers import DenseFactors
@@ -182,3 +183,24 @@ class Transpose(nn.Module):
 
 def logits(out):
     return out["logits"] if isinstance(out, dict) else out
+
+
+EVERYTHING = {"sq_norms": True, "gram": True, "moments": True}
+
+
+def batch(shape=(6,), B=5, classes=3):
+    return torch.randn(B, *shape), torch.randint(0, classes, (B,))
+
+
+def cross_entropy(x, y, **options):
+    """losses(model) for the oracle."""
+    return lambda model: F.cross_entropy(logits(model(x.double())), y, reduction="none", **options)
+
+
+def plain_step(model, step):
+    """What an unrecorded step leaves in .grad."""
+    twin = copy.deepcopy(model)
+    state = torch.get_rng_state()
+    step(twin)
+    torch.set_rng_state(state)
+    return grads(twin)

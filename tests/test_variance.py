@@ -1,3 +1,5 @@
+"""Exact variances of gradient estimators against brute force, and Monte Carlo against them."""
+
 from __future__ import annotations
 
 import copy
@@ -6,157 +8,11 @@ import csv
 import numpy as np
 import pytest
 import torch
-import torch.nn.functional as F
+from measured import MODELS, cnn, data_for, gradients, loss_fn, mlp, random_strata, squared
 from torch import nn
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import TensorDataset
 
 import gradclust_fast as gf
-
-
-def loss_fn(output, target):
-    return F.cross_entropy(output, target, reduction="none")
-
-
-def squared(output, target):
-    return 0.5 * (output.squeeze(1) - target).square()
-
-
-def mlp(dtype=torch.float64):
-    torch.manual_seed(1)
-    return nn.Sequential(nn.Linear(5, 7), nn.Tanh(), nn.Linear(7, 3)).to(dtype)
-
-
-def cnn(dtype=torch.float64):
-    torch.manual_seed(2)
-    return nn.Sequential(nn.Conv2d(2, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(4 * 9, 3)).to(dtype)
-
-
-def data_for(model, N=23, dtype=torch.float64):
-    generator = torch.Generator().manual_seed(3)
-    shape = (5,) if isinstance(model[0], nn.Linear) else (2, 5, 5)
-    x = torch.randn(N, *shape, generator=generator, dtype=torch.float64).to(dtype)
-    return TensorDataset(x, torch.randint(0, 3, (N,), generator=generator))
-
-
-def gradients(model, data, loss_fn=loss_fn):
-    """[N, P] per-example gradients, one example at a time."""
-    rows = []
-    for i in range(len(data)):
-        x, y = data[i]
-        loss = loss_fn(model(x.unsqueeze(0)), y.unsqueeze(0)).sum()
-        grads = torch.autograd.grad(loss, list(model.parameters()))
-        rows.append(torch.cat([g.flatten() for g in grads]).double())
-    return torch.stack(rows)
-
-
-def flat(by_name):
-    return torch.cat([value.flatten() for value in by_name.values()])
-
-
-MODELS = [pytest.param(mlp, id="mlp"), pytest.param(cnn, id="cnn")]
-
-
-# --- gradient_stats
-
-
-@pytest.mark.parametrize("make", MODELS)
-def test_stats_match_one_example_at_a_time(make):
-    model = make()
-    data = data_for(model)
-    G = gradients(model, data)
-    stats = gf.gradient_stats(model, data, loss_fn, batch_size=7)
-    mean = G.mean(0)
-    var = (G - mean).square().mean(0)
-    assert stats.num_examples == 23 and stats.num_coordinates == G.shape[1]
-    torch.testing.assert_close(flat(stats.mean), mean)
-    torch.testing.assert_close(flat(stats.coordinate_variance), var)
-    assert stats.variance == pytest.approx(float(var.sum()), rel=1e-10)
-    assert stats.variance_per_coordinate == pytest.approx(float(var.mean()), rel=1e-10)
-    assert stats.gradient_sqnorm == pytest.approx(float(mean.square().sum()), rel=1e-10)
-    assert stats.sum_sq_norms == pytest.approx(float(G.square().sum()), rel=1e-10)
-    assert stats.noise_scale == pytest.approx(stats.variance / stats.gradient_sqnorm)
-    for B, replacement, f in [(1, True, 1), (4, True, 1 / 4), (4, False, 1 / 4 * 19 / 22)]:
-        second = f * var + mean.square()
-        there = second > 0
-        expected = float((f * var[there] / second[there]).mean())
-        assert stats.normalized_variance(B, replacement=replacement) == pytest.approx(expected, rel=1e-9)
-        aggregate = f * stats.variance / (f * stats.variance + stats.gradient_sqnorm)
-        assert stats.normalized_variance(B, replacement=replacement, aggregate=True) == pytest.approx(aggregate)
-    assert stats.zero_coordinates == int((G == 0).all(0).sum())
-    assert list(stats.by_parameter) == [name for name, _ in model.named_parameters()]
-    assert sum(p.variance for p in stats.by_parameter.values()) == pytest.approx(stats.variance)
-    assert "total" in str(stats)
-
-
-def test_stats_do_not_depend_on_batches_or_workers():
-    model = mlp()
-    data = data_for(model)
-    one = gf.gradient_stats(model, data, loss_fn, batch_size=23)
-    for options in ({"batch_size": 1}, {"batch_size": 5, "num_workers": 2}):
-        other = gf.gradient_stats(model, data, loss_fn, **options)
-        assert other.variance == pytest.approx(one.variance, rel=1e-12)
-    loader = DataLoader(gf.with_indices(data), batch_size=6, shuffle=True)
-    assert gf.gradient_stats(model, loader, loss_fn).variance == pytest.approx(one.variance, rel=1e-12)
-
-
-def test_coordinates_without_gradient_are_left_out_and_counted():
-    model = nn.Linear(3, 1, bias=False).double()
-    x = torch.randn(10, 3, dtype=torch.float64)
-    x[:, 1] = 0
-    data = TensorDataset(x, torch.randn(10, dtype=torch.float64))
-    stats = gf.gradient_stats(model, data, squared)
-    assert stats.zero_coordinates == 1
-    G = gradients(model, data, squared)[:, [0, 2]]
-    var = (G - G.mean(0)).square().mean(0)
-    assert stats.normalized_variance() == pytest.approx(float((var / (var + G.mean(0).square())).mean()))
-    report = gf.compare_estimators(model, data, squared, [gf.Uniform(2)])
-    assert report[0].left_out == 1 and report[0].normalized_variance == pytest.approx(stats.normalized_variance(2))
-
-
-def test_float32_models_keep_small_variances():
-    # gradients that differ by 1e-3 of their size: float32 sums of squares would leave one digit
-    model = nn.Linear(4, 1, bias=False)
-    x = (1 + 1e-3 * torch.randn(64, 4)).float()
-    data = TensorDataset(x, model(x).detach().squeeze(1) + 1)
-    G = gradients(model, data, squared)
-    expected = (G - G.mean(0)).square().mean(0).sum()
-    assert gf.gradient_stats(model, data, squared).variance == pytest.approx(float(expected), rel=1e-5)
-
-
-def test_parameters_filter_and_forward():
-    model = mlp()
-    data = data_for(model)
-    weights = gf.gradient_stats(model, data, loss_fn, parameters="*.weight")
-    assert list(weights.by_parameter) == ["0.weight", "2.weight"]
-    records = [{"x": x, "y": y} for x, y in data]
-    by_dict = gf.gradient_stats(
-        model, records, forward=lambda m, batch: loss_fn(m(batch["x"]), batch["y"]), parameters="*.weight"
-    )
-    assert by_dict.variance == pytest.approx(weights.variance)
-
-
-def test_a_parameter_that_the_loss_does_not_reach_counts_as_zero():
-    class Part(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.used, self.unused = nn.Linear(5, 3), nn.Linear(5, 3)
-
-        def forward(self, x):
-            return self.used(x)
-
-    model = Part().double()
-    data = TensorDataset(torch.randn(8, 5, dtype=torch.float64), torch.randint(0, 3, (8,)))
-    stats = gf.gradient_stats(model, data, loss_fn)
-    assert stats.by_parameter["unused.weight"].variance == 0
-    assert stats.zero_coordinates == 18
-
-
-# --- compare_estimators: exact
-
-
-def random_strata(N, K, seed=0):
-    labels = torch.randint(0, K, (N,), generator=torch.Generator().manual_seed(seed))
-    return gf.Strata(labels, K)
 
 
 @pytest.mark.parametrize("make", MODELS)
@@ -259,9 +115,6 @@ def test_products_with_a_weight_are_cut_by_stratum_and_measured_in_float64(dtype
     scatter = sum(float((G[labels == k] - G[labels == k].mean(0)).square().sum()) for k in range(3))
     rel = 1e-12 if dtype == torch.float64 else 1e-5
     assert report[0].variance == pytest.approx(4 * scatter / 12**2, rel=rel)  # J/N² with N_k = 4
-
-
-# --- SVRG
 
 
 def test_svrg_is_zero_at_its_snapshot_and_matches_brute_force_away_from_it():
@@ -422,9 +275,6 @@ def test_svrg_quadruples_when_the_distance_doubles_on_least_squares():
     assert found[1] == pytest.approx(4 * found[0], rel=1e-9)
 
 
-# --- Monte Carlo
-
-
 def test_monte_carlo_agrees_with_the_exact_figures():
     model = mlp()
     data = data_for(model, N=40)
@@ -493,9 +343,6 @@ def test_monte_carlo_is_reproducible():
     assert draw(0) == draw(0) and draw(0) != draw(1)
 
 
-# --- reports
-
-
 def test_report_prints_indexes_and_writes(tmp_path):
     model = mlp()
     data = data_for(model)
@@ -523,125 +370,3 @@ def test_mode_is_reported():
     assert calm.variance != noisy.variance
     (row,) = gf.compare_estimators(model, data, loss_fn, [gf.SVRG(2, copy.deepcopy(model))], mode="train")
     assert abs(row.variance) < 1e-25  # the same masks at θ and at the snapshot
-
-
-# --- no trace
-
-
-class Failing(TensorDataset):
-    def __getitem__(self, i):
-        if i == 17:
-            raise OSError("disk gone")
-        return super().__getitem__(i)
-
-
-@pytest.mark.parametrize("fails", [False, True])
-def test_measuring_leaves_no_trace(fails):
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(5, 6), nn.Dropout(), nn.Linear(6, 3)).double().train()
-    model[2].eval()
-    snapshot = copy.deepcopy(model)
-    data = data_for([nn.Linear(1, 1)])
-    if fails:
-        data = Failing(*data.tensors)
-    loss_fn(model(data.tensors[0]), data.tensors[1]).sum().backward()
-    model[0].bias.grad = None
-    grads = [(p.grad, None if p.grad is None else p.grad.clone()) for p in model.parameters()]
-    state, rng = copy.deepcopy(model.state_dict()), torch.get_rng_state()
-
-    def measure():
-        gf.gradient_stats(model, data, loss_fn, mode="train", batch_size=4)
-        estimators = [gf.Uniform(2), gf.SVRG(2, snapshot), gf.Stratified(random_strata(23, 4))]
-        gf.compare_estimators(model, data, loss_fn, estimators, monte_carlo=2, batch_size=4)
-
-    if fails:
-        with pytest.raises(OSError, match="disk gone"):
-            measure()
-    else:
-        measure()
-    assert torch.equal(rng, torch.get_rng_state())
-    for net in (model, snapshot):
-        assert net.training and net[0].training and not net[2].training
-        for module in net.modules():
-            assert not module._forward_hooks and not module._forward_pre_hooks and not module._backward_hooks
-        assert all(not p._backward_hooks for p in net.parameters())
-    for p, (grad, value) in zip(model.parameters(), grads):
-        assert p.grad is grad and (grad is None or torch.equal(grad, value))
-    assert all(p.grad is None for p in snapshot.parameters())
-    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
-    gf.gradient_stats(model, data_for([nn.Linear(1, 1)]), loss_fn)  # nothing is still being watched
-
-
-# --- wrong input
-
-
-def small():
-    model = mlp()
-    return model, data_for(model)
-
-
-def broken_data():
-    x, y = data_for(mlp()).tensors
-    x = x.clone()
-    x[[3, 11]] = float("nan")
-    return TensorDataset(x, y)
-
-
-class Blowup(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return x.clone()
-
-    @staticmethod
-    def backward(ctx, grad):
-        grad = grad.clone()
-        grad[1] = float("inf")
-        return grad
-
-
-@pytest.mark.parametrize(
-    "call, error, message",
-    [
-        (lambda m, d: gf.gradient_stats(m, d, nn.CrossEntropyLoss()), ValueError, "reduction='none'"),
-        (lambda m, d: gf.gradient_stats(m, broken_data(), loss_fn), ValueError, "2 example.*index 3, 11"),
-        (
-            lambda m, d: gf.gradient_stats(m, d, lambda o, y: loss_fn(Blowup.apply(o), y), batch_size=9),
-            ValueError,
-            "the gradient of .* is not finite: index 1;",
-        ),
-        (lambda m, d: gf.gradient_stats(m, TensorDataset(torch.zeros(0, 5)), loss_fn), ValueError, "empty"),
-        (lambda m, d: gf.gradient_stats(m, d), TypeError, "loss_fn must be"),
-        (lambda m, d: gf.gradient_stats(m, d, loss_fn, mode="test"), ValueError, "'eval' or 'train'"),
-        (lambda m, d: gf.gradient_stats(m, d, loss_fn, parameters="x.*"), ValueError, "x.*"),
-        (lambda m, d: gf.gradient_stats(m, d, loss_fn).normalized_variance(24, replacement=False), ValueError, "N=23"),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, []), ValueError, "estimators is empty"),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, [128]), TypeError, "got int"),
-        (
-            lambda m, d: gf.compare_estimators(m, d, loss_fn, gf.Uniform(2)),
-            TypeError,
-            "must be a list, got one Uniform",
-        ),
-        (
-            lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, nn.Linear(5, 3))]),
-            ValueError,
-            "SVRG.2.: snapshot is not a copy of this model",
-        ),
-        (lambda m, d: gf.gradient_stats(m, d, loss_fn, batch_size=2.5), TypeError, "batch_size must be an integer"),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Uniform(24, False)]), ValueError, "at most N=23"),
-        (
-            lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Stratified(random_strata(9, 2))]),
-            ValueError,
-            "strata are of 9 examples, the data has 23",
-        ),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, m)]), ValueError, "copy.deepcopy"),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(2, {"a": 1})]), ValueError, "not a state_dict"),
-        (lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.Uniform(2)], monte_carlo=1), ValueError, "at least 2"),
-        (lambda m, d: gf.SVRG(2, [1]), TypeError, "snapshot must be a copy"),
-        (lambda m, d: gf.Uniform(0), ValueError, "at least 1, got 0"),
-        (lambda m, d: gf.Uniform(1.5), TypeError, "must be an int"),
-        (lambda m, d: gf.Stratified([0, 1]), TypeError, "strata must be gf.Strata"),
-    ],
-)
-def test_wrong_arguments_are_named(call, error, message):
-    with pytest.raises(error, match=message):
-        call(*small())
