@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import subprocess
@@ -16,6 +17,8 @@ from torch.utils.data import Subset, TensorDataset
 
 from gradclust_fast._passes import batches
 from gradclust_fast.study import Options, Row, Table, Trajectory, Unit, Variant, all_rows, check, run_rows
+from gradclust_fast.study import r10_clusterability as r10
+from gradclust_fast.study import r12_monte_carlo as r12
 from gradclust_fast.study.command import main
 from gradclust_fast.study.figures import trajectory_figure
 from gradclust_fast.study.problems import (
@@ -28,6 +31,7 @@ from gradclust_fast.study.problems import (
 )
 from gradclust_fast.study.progress import display
 
+needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -82,6 +86,39 @@ def test_an_interrupted_unit_resumes_to_identical_results(tmp_path, monkeypatch,
     assert json.loads(unit.path.read_text())["records"] == json.loads(json.dumps(whole["records"]))
 
 
+def custom(name: str) -> Variant:
+    """A small variant of a row that measures by itself."""
+    if name == "R10":
+        plan = r10.variants("small")[0].run.keywords["plan"]
+        sizes = {"random": (1, 4), "exact": (1, 2, 4), "factored": ()}
+        return Variant("tiny", name, {}, partial(r10.measure, plan=replace(plan, steps=20), sizes=sizes))
+    plan = replace(r12.variant("small").run.keywords["plan"], steps=20)
+    return Variant("tiny", name, {}, partial(r12.measure, plan=plan, draws=10, trials=3))
+
+
+@needs_digits
+@pytest.mark.parametrize("name", ["R10", "R12"])
+def test_rows_that_measure_by_themselves_resume_too(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("gradclust_fast.study.unit.SAVE_EVERY", 0.0)
+    variant = custom(name)
+    whole = Unit(variant, 0, Options(out=tmp_path / "whole")).execute()
+    texts: list[str] = []
+
+    def killed(fraction, text):
+        texts.append(text)
+        if len(texts) == 3:
+            raise Killed
+
+    options = Options(out=tmp_path / "parts")
+    with pytest.raises(Killed):
+        Unit(variant, 0, options, killed).execute()
+    assert Unit(variant, 0, options).partial.is_file()
+    again: list[str] = []
+    parts = Unit(variant, 0, options, lambda fraction, text: again.append(text)).execute()
+    assert texts[0] not in again  # what was recorded is not measured anew
+    assert json.dumps(parts["records"]) == json.dumps(whole["records"])
+
+
 def test_a_snapshot_step_is_measured_with_the_old_strata_and_with_the_new_ones(tmp_path):
     result = Unit(tiny(), 0, Options(out=tmp_path)).execute()
     pairs = [(r["step"], r["age"]) for r in result["records"] if r["estimator"] == "GC exact"]
@@ -114,6 +151,8 @@ def test_finished_units_are_kept_and_changed_ones_measured_anew(tmp_path, capsys
     run_rows([row_of(tiny()), row_of(tiny(), id="R98")], options, [0])  # another row shares the unit
     assert path.stat().st_mtime_ns == before
     assert (tmp_path / "r98.csv").read_text() == (tmp_path / "r99.csv").read_text()
+    run_rows([row_of(tiny())], options, [1])
+    assert Table.read(tmp_path / "r99.csv").seeds == [0, 1]  # seed 0 is not lost
     run_rows([row_of(tiny(momentum=0.9))], options, [0])
     assert path.stat().st_mtime_ns != before
 

@@ -29,7 +29,7 @@ FEWER = {"random": (1, 4, 16, 64, 256), "factored": (256,)}
 
 def measure(unit: Unit, plan: Trajectory, sizes: dict[str, tuple[int, ...]]) -> None:
     """Trains, then records J of exact, factored and random equal strata for every K, exact over all examples."""
-    run = Run(plan, unit)
+    run = Run(plan, unit, resume=False)
     while run.step < plan.steps:
         run.train_step()
     problem, N = run.problem, run.problem.num_examples

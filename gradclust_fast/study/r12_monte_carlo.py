@@ -26,7 +26,7 @@ COUNTS = (5, 10, 50)
 
 def measure(unit: Unit, plan: Trajectory, draws: int, trials: int) -> None:
     """Trains, then records Monte Carlo figures of SG-B and SG-2B, and the mean of many of the paper's estimates."""
-    run = Run(plan, unit)
+    run = Run(plan, unit, resume=False)
     while run.step < plan.steps:
         run.train_step()
     problem, B = run.problem, plan.batch_size

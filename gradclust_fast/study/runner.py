@@ -15,7 +15,7 @@ import torch
 from .. import data as datasets
 from .._files import write_atomically
 from .progress import display
-from .row import Row, all_rows
+from .row import Row, Variant, all_rows
 from .table import Table
 from .unit import Options, Unit
 
@@ -80,10 +80,14 @@ def has_unit(row: Row, rows: Sequence[Row], task: Task, options: Options) -> boo
 
 
 def gather(row: Row, options: Options, seeds: Sequence[int]) -> Table:
-    """The row's finished units as a table, written to its CSV, with the units' times and fates beside it."""
+    """The row's finished units as a table, written to its CSV, with the units' times and fates beside it.
+
+    Seeds that an earlier run has measured count as well.
+    """
     records: list[dict[str, Any]] = []
     units = []
     variants = row.variants(options.scale)
+    seeds = sorted({*seeds, *(seed for variant in variants for seed in measured_seeds(variant, options))})
     for variant in variants:
         for seed in seeds:
             result = Unit(variant, seed, options).result()
@@ -105,6 +109,13 @@ def gather(row: Row, options: Options, seeds: Sequence[int]) -> Table:
         }
         write_atomically(options.out / f"{row.stem}.json", json.dumps(about, indent=1, ensure_ascii=False) + "\n")
     return table
+
+
+def measured_seeds(variant: Variant, options: Options) -> list[int]:
+    pattern = Unit(variant, 0, options).path.name.replace("-seed0.json", "-seed*.json")
+    folder = Unit(variant, 0, options).path.parent
+    found = [int(path.stem.rpartition("-seed")[2]) for path in folder.glob(pattern)]
+    return [seed for seed in found if Unit(variant, seed, options).result() is not None]
 
 
 def missing_data(row: Row, options: Options) -> str | None:

@@ -71,9 +71,12 @@ class Trajectory:
 
 
 class Run:
-    """A trajectory under way. ``step`` counts completed training steps."""
+    """A trajectory under way. ``step`` counts completed training steps.
 
-    def __init__(self, plan: Trajectory, unit: Unit) -> None:
+    ``resume``: go on from the unit's checkpoint, which a Run has written; False where the checkpoint is another's.
+    """
+
+    def __init__(self, plan: Trajectory, unit: Unit, *, resume: bool = True) -> None:
         self.plan, self.unit, self.device = plan, unit, torch.device(unit.options.device)
         self.problem = plan.problem(unit)
         self.problem.model.to(self.device).train()
@@ -84,7 +87,7 @@ class Run:
         self.step = 0
         self.snapshots_done: list[int] = []
         self._events_done = -1  # the last step whose measurements and snapshot are behind us
-        if unit.state is not None:
+        if resume and unit.state is not None:
             self._restore(unit.state)
 
     @property
