@@ -147,14 +147,6 @@ void bind_conv(py::module_& m) {
   }, nogil());
 }
 
-// (index, grad, dtype, B, T, D, V, padding, index_stride_b, index_stride_t, grad_stride_b, grad_stride_t)
-using EmbeddingTuple = std::array<int64_t, 12>;
-
-EmbeddingFactors embedding(const EmbeddingTuple& t) {
-  return {pointer<int64_t>(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
-          t[9], t[10], t[11]};
-}
-
 void bind_embedding(py::module_& m) {
   m.def("embedding_sqnorm_cpu", [](const EmbeddingTuple& f, uintptr_t out, int threads) {
     PICK(embedding_sqnorm_cpu)(embedding(f), pointer(out), threads);

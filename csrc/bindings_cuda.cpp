@@ -6,6 +6,7 @@
 #include <string>
 
 #include "conv_sqnorm.h"
+#include "embedding.h"
 #include "grad_sqnorm.h"
 #include "random_signs.h"
 #include "tuples.h"
@@ -42,5 +43,11 @@ void bind_cuda(py::module_& m) {
   });
   m.def("conv_sqnorm_cuda", [](const ConvTuple& f, int route, uintptr_t partial, uintptr_t out, uintptr_t stream) {
     raise_if(conv_sqnorm_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(out), pointer(stream)));
+  }, nogil());
+  m.def("embedding_sqnorm_cuda_blocks", [](const EmbeddingTuple& f) { return embedding_sqnorm_cuda_blocks(embedding(f)); });
+  m.def("embedding_sqnorm_cuda", [](const EmbeddingTuple& f, uintptr_t sorted, uintptr_t order, uintptr_t partial,
+                                    uintptr_t out, uintptr_t stream) {
+    raise_if(embedding_sqnorm_cuda(embedding(f), pointer<int64_t>(sorted), pointer<int64_t>(order), pointer(partial),
+                                   pointer(out), pointer(stream)));
   }, nogil());
 }

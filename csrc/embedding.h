@@ -1,5 +1,5 @@
 // Gradients of an embedding table: G_b[v] = Σ_{t: index[b, t] = v} grad[b, t], [V, D]. Launchers; the kernels are in
-// cpu/embedding_*.cpp. Every index lies in [0, V); results are float64 for a float64 grad, else float32.
+// cpu/embedding_*.cpp and cuda/embedding_sqnorm.cu. Every index lies in [0, V); results are float64 for a float64 grad, else float32.
 #pragma once
 #include "launch.h"
 #include "types.h"
@@ -18,6 +18,12 @@ struct EmbeddingFactors {
 
 // out [B]
 GRADCLUST_CPU_LAUNCHER(embedding_sqnorm_cpu, const EmbeddingFactors& f, void* out, int threads)
+
+// The indices of every example sorted, and their positions in that order, [B, T] both; partial [B, …_blocks(f)]. At least
+// one example, position and feature. Returns an error text, or nullptr.
+const char* embedding_sqnorm_cuda(const EmbeddingFactors& f, const int64_t* sorted, const int64_t* order, void* partial,
+                                  void* out, void* stream);
+int64_t embedding_sqnorm_cuda_blocks(const EmbeddingFactors& f);
 
 // out [B, B]
 GRADCLUST_CPU_LAUNCHER(embedding_gram_cpu, const EmbeddingFactors& f, void* out, int threads)

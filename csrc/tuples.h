@@ -1,9 +1,10 @@
-// Tuples of integers, as Python passes them, to the structs of types.h and cluster.h.
+// Tuples of integers, as Python passes them, to the structs of types.h, cluster.h and embedding.h.
 #pragma once
 #include <array>
 #include <cstdint>
 
 #include "cluster.h"
+#include "embedding.h"
 #include "types.h"
 
 namespace gradclust {
@@ -37,5 +38,13 @@ inline ConvFactors conv(const ConvTuple& t) {
 using RowsTuple = std::array<int64_t, 5>;
 
 inline Rows rows(const RowsTuple& t) { return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4]}; }
+
+// (index, grad, dtype, B, T, D, V, padding, index_stride_b, index_stride_t, grad_stride_b, grad_stride_t)
+using EmbeddingTuple = std::array<int64_t, 12>;
+
+inline EmbeddingFactors embedding(const EmbeddingTuple& t) {
+  return {pointer<int64_t>(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
+          t[9], t[10], t[11]};
+}
 
 }  // namespace gradclust

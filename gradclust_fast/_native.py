@@ -140,7 +140,7 @@ def _triton_info() -> str:
 
 
 def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]:
-    """csrc/bindings.cpp:LinearTuple of act [B, T, I] and grad [B, T, O], both with feature stride 1."""
+    """csrc/tuples.h:LinearTuple of act [B, T, I] and grad [B, T, O], both with feature stride 1."""
     B, T, I = act.shape
     return (
         act.data_ptr(), grad.data_ptr(), DTYPES[act.dtype], B, T, I, grad.shape[2],
@@ -149,7 +149,7 @@ def linear(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[int, ...]
 
 
 def embedding(index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding: int) -> tuple[int, ...]:
-    """csrc/bindings.cpp:EmbeddingTuple of index [B, T] int64 and grad [B, T, D] feature stride 1; padding −1: none."""
+    """csrc/tuples.h:EmbeddingTuple of index [B, T] int64 and grad [B, T, D] feature stride 1; padding −1: none."""
     return (
         index.data_ptr(), grad.data_ptr(), DTYPES[grad.dtype], *grad.shape, num_embeddings, padding,
         *index.stride(), *grad.stride()[:2],
@@ -165,7 +165,7 @@ def norm(input: torch.Tensor, grad: torch.Tensor, groups: int) -> tuple[int, ...
 
 
 def rows(points: torch.Tensor) -> tuple[int, ...]:
-    """csrc/bindings.cpp:RowsTuple of points [N, R] with feature stride 1."""
+    """csrc/tuples.h:RowsTuple of points [N, R] with feature stride 1."""
     return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)
 
 
@@ -185,7 +185,7 @@ def conv(
     groups: int,
     bias: bool,
 ) -> tuple[int, ...]:
-    """csrc/bindings.cpp:ConvTuple of act [B, C, *size] and grad [B, O, *out], any strides; always three dimensions."""
+    """csrc/tuples.h:ConvTuple of act [B, C, *size] and grad [B, O, *out], any strides; always three dimensions."""
     missing = 3 - len(kernel_size)
     one, zero = (1,) * missing, (0,) * missing
     a, g = act.stride(), grad.stride()

@@ -39,7 +39,7 @@ def pytest_collection_modifyitems(config, items):
         backend = parameters.get("backend")
         if backend not in ("triton", "cuda"):
             return False
-        op = OPS.get(item.path.stem.removeprefix("test_"))
+        op = OPS.get(parameters.get("what") or item.path.stem.removeprefix("test_"))
         if backend == "cuda" and op is OPS["grad_sqnorm"]:
             return True  # one position alone: test_cuda_on_host.py
         if backend == "triton" and op is OPS["exact_moves"]:

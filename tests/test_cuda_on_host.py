@@ -108,3 +108,17 @@ def test_cluster_sums_in_every_order_of_threads(emulator, dtype, order, R):
     sums, counts = gf.ops.cluster_sums(points, labels, 8)
     torch.testing.assert_close(sums, expected[0], rtol=1e-6 if dtype != torch.float64 else 1e-13, atol=1e-5)
     assert torch.equal(counts, expected[1])
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("T, V", [(1, 3), (9, 2), (40, 1), (130, 40), (133, 4), (300, 1000)])
+def test_embedding_rows_that_go_on_into_the_next_warp(emulator, dtype, T, V, order):
+    emulator.set_order(order)
+    index, grad = torch.randint(V, (3, T)), torch.randn(3, T, 136).to(dtype)
+    index[0] = index[0, 0]
+    for values in (grad, grad[..., 1:]):  # 16-byte reads, and one number a lane
+        with gf.backend("reference"):
+            oracle = gf.ops.embedding_sqnorm(index, values.double(), num_embeddings=V, padding_idx=V - 1)
+            eager = gf.ops.embedding_sqnorm(index, values, num_embeddings=V, padding_idx=V - 1)
+        out = gf.ops.embedding_sqnorm(index, values, num_embeddings=V, padding_idx=V - 1)
+        assert_close_to_oracle(out, oracle, eager, dtype)

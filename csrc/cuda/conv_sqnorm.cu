@@ -9,21 +9,10 @@
 
 #include "conv_correlate.cuh"
 #include "conv_tiles.cuh"
+#include "sum_rows.cuh"
 
 namespace gradclust {
 namespace {
-
-// The sum of squares over a block → *out.
-template <typename acc> __device__ void leave_block_sum(acc square, int warps, unsigned char* memory, acc* out) {
-  acc* sums = reinterpret_cast<acc*>(memory);
-  square = warp_sum(square);
-  if (threadIdx.x % 32 == 0) sums[threadIdx.x / 32] = square;
-  __syncthreads();
-  if (threadIdx.x > 0) return;
-  acc total = 0;
-  for (int w = 0; w < warps; ++w) total += sums[w];
-  *out = total;
-}
 
 // partial [B, tiles].
 template <typename in_t, int BLOCKS>
@@ -122,17 +111,6 @@ __global__ void __launch_bounds__(32 * CORRELATE_WARPS, 2)
   leave_block_sum(square, CORRELATE_WARPS, memory, partial + index);
 }
 
-// out[b] = the sum of row b of partial [B, tiles], in a fixed order.
-template <typename acc>
-__global__ void conv_sqnorm_total_kernel(const acc* __restrict__ partial, int64_t B, int tiles, acc* __restrict__ out) {
-  int64_t b = (int64_t(blockIdx.x) * blockDim.x + threadIdx.x) / 32;
-  if (b >= B) return;
-  acc total = 0;
-  for (int i = threadIdx.x % 32; i < tiles; i += 32) total += partial[b * tiles + i];
-  total = warp_sum(total);
-  if (threadIdx.x % 32 == 0) out[b] = total;
-}
-
 // Launches a kernel over all tiles, as many at a time as a grid holds.
 template <typename Plan, typename acc>
 const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Plan, int64_t, acc*), const Plan& plan,
@@ -145,8 +123,7 @@ const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Pla
     error = launch(name, sizes, kernel, unsigned(std::min(MOST, all - first)), threads, size_t(bytes), stream, plan, first,
                    target);
   if (error || plan.tiles == 1) return error;
-  return launch("conv_sqnorm_total_kernel", sizes, conv_sqnorm_total_kernel<acc>, unsigned((plan.f.B + 7) / 8), 256, 0,
-                stream, partial, plan.f.B, plan.tiles, out);
+  return sum_rows(sizes, partial, plan.f.B, plan.tiles, out, stream);
 }
 
 // Output channels that tensor-core tiles fetch and multiply.

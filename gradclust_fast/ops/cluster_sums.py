@@ -97,7 +97,7 @@ def cluster_sums_cuda(
     sums, counts = _fake(points, labels, num_clusters)
     points = with_unit_stride(points)
     N, R = points.shape
-    sorted_labels, order = labels.to(torch.int32).sort(stable=True)
+    sorted_labels, order = labels.to(torch.int32).contiguous().sort(stable=True)
     begin = counts.new_empty(num_clusters + 1)  # [K + 1] each cluster's first place in the sorted order
     partial = points.new_empty(N // PIECE + num_clusters, R, dtype=torch.float64)
     _cuda.launch(

@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator
 from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
 
@@ -71,4 +72,29 @@ def embedding_sqnorm_cpu(
     index, grad = positions(index, grad)
     factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
     _native._C.embedding_sqnorm_cpu(factors, out.data_ptr(), _native.num_threads())
+    return out
+
+
+def _cuda_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    if grad.shape[0] * -(-grad.shape[-1] // 32) >= 2**31:
+        return "the CUDA kernel takes fewer than 2³¹ blocks of an example and 32 features"
+    return _cuda.refuses(index)
+
+
+@_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: "positions sorted by table row, an example a block")
+def embedding_sqnorm_cuda(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> torch.Tensor:
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, num_embeddings, padding_idx)
+    if grad.numel() == 0:
+        return out.zero_()
+    index, grad = positions(index, grad)
+    in_order, order = index.contiguous().sort(dim=1, stable=True)  # [B, T] both
+    factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
+    partial = out.new_empty(grad.shape[0], _cuda.native().embedding_sqnorm_cuda_blocks(factors))
+    _cuda.launch(
+        "embedding_sqnorm_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), partial.data_ptr(),
+        out.data_ptr(),
+    )  # fmt: skip
     return out

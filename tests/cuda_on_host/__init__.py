@@ -55,38 +55,39 @@ def module() -> ModuleType:
 
     csrc = ROOT / "csrc"
     headers = [*csrc.glob("*.h"), *(csrc / "cuda").glob("*.*h"), *HERE.glob("**/*.h"), csrc / "bindings_cuda.cpp"]
-    digest = hashlib.sha256(" ".join([sys.version, *compiler(), *FLAGS]).encode())
-    for path in sorted([*sources(), *headers]):
-        digest.update(path.read_bytes())
-    target = ROOT / "build" / "cuda_on_host" / digest.hexdigest()[:16] / "_cuda_on_host.so"
-    if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
-        include = [HERE / "include", HERE, ROOT / "csrc", ROOT / "csrc" / "cuda", pybind11.get_include()]
-        include.append(sysconfig.get_paths()["include"])
-        command = [*compiler(), *FLAGS, *WARNINGS, *(f"-I{path}" for path in include)]
+    common = hashlib.sha256(" ".join([sys.version, *compiler(), *FLAGS]).encode())
+    for path in sorted(headers):
+        common.update(path.read_bytes())
+    folder = ROOT / "build" / "cuda_on_host"
+    folder.mkdir(parents=True, exist_ok=True)
+    include = [HERE / "include", HERE, csrc, csrc / "cuda", pybind11.get_include(), sysconfig.get_paths()["include"]]
+    command = [*compiler(), *FLAGS, *WARNINGS, *(f"-I{path}" for path in include)]
 
-        def compile(source: Path) -> Path:
-            object = target.parent / f"{source.name}.{os.getpid()}.o"
-            run([*command, "-x", "c++", "-c", source, "-o", object])
-            return object
+    def compile(source: Path) -> Path:
+        digest = common.copy()
+        digest.update(source.read_bytes())
+        return made(folder / f"{source.stem}-{digest.hexdigest()[:16]}.o", [*command, "-x", "c++", "-c", source])
 
-        with ThreadPoolExecutor(os.cpu_count()) as pool:
-            objects = list(pool.map(compile, sources()))
-        linked = target.with_suffix(f".{os.getpid()}")
-        run([*compiler(), "-shared", *objects, "-o", linked])
-        linked.replace(target)  # another process may be building the same
-        for object in objects:
-            object.unlink()
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        objects = list(pool.map(compile, sources()))
+    names = hashlib.sha256(" ".join(path.name for path in objects).encode()).hexdigest()
+    target = made(folder / f"_cuda_on_host-{names[:16]}.so", [*compiler(), "-shared", *objects])
     spec = importlib.util.spec_from_file_location("_cuda_on_host", target)
     built = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(built)
     return built
 
 
-def run(command: list[Any]) -> None:
-    done = subprocess.run(list(map(str, command)), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
-    if done.returncode:
-        raise RuntimeError(f"{shlex.join(map(str, command))}\n{done.stdout[-6000:]}")
+def made(target: Path, command: list[Any]) -> Path:
+    """The file that the command writes, unless it is there; another process may be making it too."""
+    if not target.exists():
+        begun = target.with_suffix(f".{os.getpid()}")
+        text = list(map(str, [*command, "-o", begun]))
+        done = subprocess.run(text, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+        if done.returncode:
+            raise RuntimeError(f"{shlex.join(text)}\n{done.stdout[-6000:]}")
+        begun.replace(target)
+    return target
 
 
 def emulated(monkeypatch) -> ModuleType:
