@@ -5,6 +5,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "conv_moments.h"
 #include "conv_sqnorm.h"
 #include "embedding.h"
 #include "grad_sqnorm.h"
@@ -49,5 +50,13 @@ void bind_cuda(py::module_& m) {
                                     uintptr_t out, uintptr_t stream) {
     raise_if(embedding_sqnorm_cuda(embedding(f), pointer<int64_t>(sorted), pointer<int64_t>(order), pointer(partial),
                                    pointer(out), pointer(stream)));
+  }, nogil());
+  m.def("conv_moments_cuda_slices", [](const ConvTuple& f, int route) {
+    return conv_moments_cuda_slices(conv(f), ConvCudaRoute(route));
+  });
+  m.def("conv_moments_cuda", [](const ConvTuple& f, int route, uintptr_t partial, uintptr_t first, uintptr_t second,
+                                uintptr_t stream) {
+    raise_if(conv_moments_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(first), pointer(second),
+                               pointer(stream)));
   }, nogil());
 }

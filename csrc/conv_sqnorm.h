@@ -11,9 +11,6 @@ enum class ConvRoute : int { direct = 0, gram = 1, correlate = 2 };
 // out [B], float64 for float64 factors, else float32. At least one position and one channel on either side.
 GRADCLUST_CPU_LAUNCHER(conv_sqnorm_cpu, const ConvFactors& f, ConvRoute route, void* out, int threads)
 
-// The codes of gradclust_fast/ops/conv_sqnorm.py:CUDA_ROUTES.
-enum class ConvCudaRoute : int { tiles = 0, tiles_tf32 = 1, correlate = 2 };
-
 // Numbers of the accumulator's type that the workspace `partial` holds for each example; 0 where it is not needed.
 int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route);
 

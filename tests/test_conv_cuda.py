@@ -12,9 +12,11 @@ from oracle import conv_grads
 from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
+from gradclust_fast.ops import _conv_cuda
 from gradclust_fast.ops._conv import prepare
 
-routes = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
+sqnorm = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
+moments = importlib.import_module("gradclust_fast.ops.conv_moments")
 pytestmark = [
     pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable())),
     pytest.mark.filterwarnings("ignore:Using padding=.same."),
@@ -42,7 +44,7 @@ def emulator(monkeypatch):
 
 
 def by_route(route, act, grad, geometry, bias=False):
-    return routes.by_cuda_route(route, *prepare(act, grad, bias=bias, **geometry))
+    return sqnorm.by_cuda_route(route, *prepare(act, grad, bias=bias, **geometry))
 
 
 def check(route, act, grad, geometry, dtype, bias=False):
@@ -65,8 +67,14 @@ def test_several_tiles_chunks_and_stages(emulator, each, dtype):
         assert torch.equal(by_route(route, act, grad, each.geometry), first), "the order of threads shows"
 
 
-@pytest.mark.parametrize("route", ["correlate", "tiles_tf32"])
-@pytest.mark.parametrize("each", [*NOT_EMPTY, *LARGE[:8]])
+OTHER_ROUTES = [
+    pytest.param(route, *each.values, id=f"{route}-{each.id}")
+    for route, cases in (("tiles_tf32", [*NOT_EMPTY, *LARGE[:8]]), ("correlate", NOT_EMPTY))
+    for each in cases
+]
+
+
+@pytest.mark.parametrize("route, each", OTHER_ROUTES)
 def test_routes_are_right_where_they_would_not_be_chosen(emulator, each, route):
     act, grad = (factor.bfloat16().float() for factor in each.factors())  # exact in tf32
     check(route, act, grad, each.geometry, torch.float32, bias=True)
@@ -84,10 +92,10 @@ def test_torchs_precision_setting_chooses_tensor_cores(emulator, monkeypatch):
     act, grad = torch.randn(1, 8, 4, 4), torch.randn(1, 8, 4, 4)
     for setting, route in (("highest", "tiles"), ("high", "tiles"), ("medium", "tiles_tf32")):
         monkeypatch.setattr(torch, "get_float32_matmul_precision", lambda setting=setting: setting)
-        assert routes.choose_cuda(act, grad, 1) == route
-        assert routes.choose_cuda(act.double(), grad.double(), 1) == "tiles"
-        assert routes.choose_cuda(act.bfloat16(), grad.bfloat16(), 1) == "tiles"
-        assert routes.choose_cuda(act, grad, 8) == "correlate"
+        assert _conv_cuda.choose(act, grad, 1) == route
+        assert _conv_cuda.choose(act.double(), grad.double(), 1) == "tiles"
+        assert _conv_cuda.choose(act.bfloat16(), grad.bfloat16(), 1) == "tiles"
+        assert _conv_cuda.choose(act, grad, 8) == "correlate"
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
@@ -112,3 +120,35 @@ def test_non_finite_factors_stay_in_their_own_row(emulator, route):
     act[1, 2, 0, 0], grad[3, 8, 5, 6] = float("nan"), float("inf")
     out = by_route(route, act, grad, geometry)
     assert torch.equal(out[::2], clean[::2]) and not out[1::2].isfinite().any()
+
+
+def both_moments(route, act, grad, geometry, bias):
+    return torch.stack(moments.by_cuda_route(route, *prepare(act, grad, bias=bias, **geometry)))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("each", LARGE)
+def test_moments_over_several_tiles_chunks_and_slices(emulator, each, dtype):
+    act, grad = each.factors(dtype)
+    act, grad = (torch.cat([factor, factor.flip(2), factor * 2]) for factor in (act, grad))
+    route, bias = "tiles" if each.geometry.get("groups", 1) < 3 else "correlate", dtype == torch.float32
+    exact, rough = (
+        torch.stack([G.sum(0), G.square().sum(0)])
+        for G in (conv_grads(act, grad, bias, dtype=d, **each.geometry) for d in (torch.float64, torch.float32))
+    )
+    first = both_moments(route, act, grad, each.geometry, bias)
+    for found, oracle, eager in zip(first, exact, rough):
+        assert_close_to_oracle(found, oracle, eager, dtype)
+    emulator.set_order(2)
+    assert torch.equal(both_moments(route, act, grad, each.geometry, bias), first), "the order of threads shows"
+
+
+@pytest.mark.parametrize("route, each", OTHER_ROUTES[::3])
+def test_moments_by_routes_that_would_not_be_chosen(emulator, each, route):
+    act, grad = (factor.bfloat16().float() for factor in each.factors())
+    exact, rough = (
+        torch.stack([G.sum(0), G.square().sum(0)])
+        for G in (conv_grads(act, grad, True, dtype=d, **each.geometry) for d in (torch.float64, torch.float32))
+    )
+    for found, oracle, eager in zip(both_moments(route, act, grad, each.geometry, True), exact, rough):
+        assert_close_to_oracle(found, oracle, eager, torch.float32)

@@ -13,8 +13,6 @@ from oracle import linear_grads
 from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
-from gradclust_fast import sketching
-from gradclust_fast.ops._random_signs import random_signs_cuda
 
 pytestmark = pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable()))
 FAULTS = ["none", "no_barrier", "no_wait", "overrun", "split_warp", "lone_barrier", "early_exit"]
@@ -76,26 +74,6 @@ def test_grad_sqnorm_of_one_position(emulator, dtype, B, I, O, bias, order):
     assert_close_to_oracle(gf.ops.grad_sqnorm(act, grad, bias=bias), oracle, eager, dtype)
     wide = torch.cat([act, act], 1)[:, : I + 3]  # rows that no 16-byte load may start at
     assert_close_to_oracle(gf.ops.grad_sqnorm(wide[:, :I], grad, bias=bias), oracle, eager, dtype)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("rows, cols", [(0, 3), (3, 0), (1, 1), (5, 127), (3, 128), (4, 132), (2, 1000), (300, 36)])
-def test_random_signs_are_the_definitions_bits(emulator, rows, cols, dtype):
-    key, scale = (0x12345678, 0x9ABCDEF0), 0.3
-    expected = sketching.sign_matrix(rows, cols, key, dtype, torch.device("cpu")) * scale
-    for order in ORDERS:
-        emulator.set_order(order)
-        for transposed in (False, True):
-            out = random_signs_cuda(rows, cols, key, dtype, torch.device("cpu"), scale, transposed)
-            assert torch.equal(out, expected.T if transposed else expected) and out.is_contiguous()
-
-
-def test_a_sketch_takes_its_matrices_from_the_kernel(emulator, monkeypatch):
-    found = gf.Sketch(dim=40, seed=3).matrices("layer.weight", (50, 70), torch.float32, torch.device("cpu"))
-    with gf.backend("reference"):
-        monkeypatch.setattr(sketching._random_signs, "random_signs_cuda", None)
-        expected = gf.Sketch(dim=40, seed=3).matrices("layer.weight", (50, 70), torch.float32, torch.device("cpu"))
-    assert all(torch.equal(a, b) and a.stride() == b.stride() for a, b in zip(found, expected))
 
 
 @pytest.mark.parametrize("order", ORDERS)

@@ -30,6 +30,10 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
     "conv_sqnorm_tensor_kernel": 168,  # three blocks of 128 threads
     "conv_sqnorm_scalar_kernel": 168,
     "conv_sqnorm_correlate_kernel": 128,  # two blocks of 256
+    "conv_moments_tensor_kernel": 255,  # three sums of a tile
+    "conv_moments_scalar_kernel": 255,
+    "conv_moments_correlate_kernel": 128,
+    "embedding_sqnorm_kernel": 64,  # two blocks of 512
     "cluster_sums_pieces_kernel": 64,  # four blocks of 256
     "grad_sqnorm_rank1_kernel": 64,
     "random_signs_kernel": 64,
@@ -67,8 +71,8 @@ def test_registers_leave_room_for_the_blocks_that_hide_latency(kernel):
 
 def test_tiles_use_asynchronous_copies_matrix_loads_and_tensor_cores():
     functions = re.split(r"\n\s*Function : ", dump("--dump-sass"))
-    tiles = [text for text in functions[1:] if "conv_sqnorm_tensor_kernel" in text.split("\n", 1)[0]]
+    tiles = [text for text in functions[1:] if "_tensor_kernel" in text.split("\n", 1)[0]]
     assert tiles
     for text in tiles:
         assert "LDGSTS" in text and "HMMA" in text
-        assert ("LDSM" in text) == ("IfLi" not in text.split("\n", 1)[0]), "float32 has no transposing matrix load"
+        assert ("LDSM" in text) == ("kernelIf" not in text.split("\n", 1)[0]), "float32 has no transposing matrix load"

@@ -20,6 +20,8 @@ class Layer:
     stride: int = 1
     padding: int = 1
     groups: int = 1
+    dtype: torch.dtype = torch.float32
+    channels_last: bool = False
 
     def __post_init__(self) -> None:
         out = (self.size + 2 * self.padding - self.kernel_size) // self.stride + 1
@@ -27,19 +29,21 @@ class Layer:
         self.geometry: dict[str, Any] = {
             name: getattr(self, name) for name in ("kernel_size", "stride", "padding", "groups")
         }
-        self.act = torch.randn(self.B, self.C, self.size, self.size)
-        self.grad = torch.randn(self.B, self.O, out, out)
-        self.conv = torch.nn.Conv2d(self.C, self.O, bias=False, **self.geometry)
+        layout = torch.channels_last if self.channels_last else torch.contiguous_format
+        self.act = torch.randn(self.B, self.C, self.size, self.size).to(self.dtype, memory_format=layout)
+        self.grad = torch.randn(self.B, self.O, out, out).to(self.dtype, memory_format=layout)
+        self.conv = torch.nn.Conv2d(self.C, self.O, bias=False, **self.geometry).to(self.dtype, memory_format=layout)
         kernel = f"{self.kernel_size}×{self.kernel_size}"
         extra = f" stride {self.stride}" * (self.stride > 1) + f" groups {self.groups}" * (self.groups > 1)
-        self.label = f"B={self.B} {kernel} {self.C}→{self.O} {self.size}×{self.size}{extra} float32"
+        self.label = f"B={self.B} {kernel} {self.C}→{self.O} {self.size}×{self.size}{extra} {str(self.dtype)[6:]}"
+        self.label += " channels-last" * self.channels_last
 
     @property
     def direct_flops(self) -> float:
         return 2 * self.B * self.T * self.I * self.O
 
     def bytes(self, extra: int) -> float:
-        return 4 * (self.act.numel() + self.grad.numel() + extra)
+        return self.act.nbytes + self.grad.nbytes + 4 * extra
 
     def unfolded(self) -> torch.Tensor:
         """G_b [B, O, I]."""
@@ -55,5 +59,15 @@ class Layer:
         act = self.act.detach().requires_grad_()
         torch.autograd.grad(self.conv(act), [act, self.conv.weight], self.grad)
 
+    def weight_gradient(self) -> torch.Tensor:
+        """The layer's own weight gradient, summed over the batch."""
+        return torch.nn.grad.conv2d_weight(
+            self.act, self.conv.weight.shape, self.grad, self.stride, self.padding, groups=self.groups
+        )
+
     def baselines(self, quantity: Callable[[torch.Tensor], Any]) -> dict[str, Callable[[], Any]]:
-        return {"unfold + einsum": lambda: quantity(self.unfolded()), "layer's forward + backward": self.step}
+        return {
+            "unfold + einsum": lambda: quantity(self.unfolded()),
+            "layer's forward + backward": self.step,
+            "layer's weight gradient": self.weight_gradient,
+        }

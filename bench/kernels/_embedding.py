@@ -34,4 +34,5 @@ def segments(index: torch.Tensor, grad: torch.Tensor, V: int) -> tuple[torch.Ten
     return keys // V, keys % V, sums
 
 
+GPU_SIZES = ((64, 1024, 1_000_000, 512), (256, 32, 1_000_000, 64), (1024, 8, 1000, 16))
 SIZES = ((64, 128, 50_000, 256), (256, 32, 1_000_000, 64), (16, 1024, 50_000, 512), (1024, 8, 1000, 16))

@@ -7,11 +7,11 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def cases() -> Iterator[Case]:
-    N, R, K = 60_000, 256, 128
+    N, R, K = (1_000_000, 256, 1024) if on_gpu() else (60_000, 256, 128)
     points, labels = torch.randn(N, R), torch.randint(0, K, (N,))
     yield Case(
         "cluster_sums",

@@ -5,8 +5,10 @@ from __future__ import annotations
 import importlib
 from collections.abc import Iterator
 
+import torch
+
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 from gradclust_fast.ops._conv_routes import layer_of
 
 from ._conv import Layer
@@ -22,10 +24,22 @@ LAYERS = (
     dict(B=128, C=64, O=64, size=16, kernel_size=1, padding=0),
 )
 
+GPU_LAYERS = (
+    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16),
+    dict(B=256, C=64, O=64, size=56),
+    dict(B=256, C=128, O=128, size=28, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=256, O=256, size=14, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=512, O=512, size=7, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=384, O=384, size=14, groups=384, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=256, O=64, size=56, kernel_size=1, padding=0, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=3, O=64, size=224, kernel_size=7, stride=2, padding=3, dtype=torch.bfloat16, channels_last=True),
+)
+
 
 def cases() -> Iterator[Case]:
     module = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
-    for sizes in LAYERS:
+    for sizes in GPU_LAYERS if on_gpu() else LAYERS:
         layer = Layer(**sizes)
         padding = [layer.padding] * 4
         sizes = ([layer.kernel_size] * 2, [layer.stride] * 2, padding, [1, 1], layer.groups, False)
@@ -37,6 +51,7 @@ def cases() -> Iterator[Case]:
             layer.label,
             lambda layer=layer: gf.ops.conv_sqnorm(layer.act, layer.grad, **layer.geometry),
             layer.baselines(lambda G: G.square().sum((1, 2))),
-            flops=gram if route == "gram" else layer.direct_flops,
+            flops=gram if route == "gram" and not on_gpu() else layer.direct_flops,
             bytes=layer.bytes(layer.B),
+            dtype=layer.dtype,
         )

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from bench.harness import Case
-from bench.kernels._embedding import SIZES, segments, tables
+from bench.harness import Case, on_gpu
+from bench.kernels._embedding import GPU_SIZES, SIZES, segments, tables
 from gradclust_fast import ops
 
 
@@ -22,7 +22,7 @@ def by_positions(index: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def cases() -> Iterator[Case]:
-    for label, index, grad, V in tables(SIZES):
+    for label, index, grad, V in tables(GPU_SIZES if on_gpu() else SIZES):
         yield Case(
             "embedding_sqnorm",
             label,

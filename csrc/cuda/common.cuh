@@ -63,6 +63,14 @@ inline const char* named_error(const char* kernel, const char* sizes, const char
   return text;
 }
 
+// The sizes of a convolution for an error's text.
+inline void describe(const ConvFactors& f, char (&text)[192]) {
+  auto number = [](int64_t n) { return static_cast<long long>(n); };
+  snprintf(text, sizeof text, "B=%lld, C=%lld, O=%lld, groups=%lld, image %lldx%lldx%lld, kernel %lldx%lldx%lld",
+           number(f.B), number(f.C), number(f.O), number(f.groups), number(f.size[0]), number(f.size[1]),
+           number(f.size[2]), number(f.kernel[0]), number(f.kernel[1]), number(f.kernel[2]));
+}
+
 // Queues a kernel on a stream. Returns nullptr, or an error that names the kernel and its sizes.
 template <typename... Parameters, typename... Arguments>
 const char* launch(const char* name, const char* sizes, void (*kernel)(Parameters...), dim3 grid, unsigned threads,

@@ -62,4 +62,27 @@ __device__ __forceinline__ void correlate(const CorrelateTiles& p, int64_t b, in
   }
 }
 
+constexpr int CORRELATE_MINE = (CORRELATE_TAPS + CORRELATE_WARPS - 1) / CORRELATE_WARPS;
+
+// Calls use(i, total) with the block's sum for kernel element first + warp + i · CORRELATE_WARPS, in the lane of channel o.
+template <typename in_t, typename Fn>
+__device__ __forceinline__ void correlate_block(const CorrelateTiles& p, int64_t b, int64_t o, int c, int first,
+                                                acc_t<in_t>* sums, Fn&& use) {  // sums [warps, taps, 32] in shared memory
+  using acc = acc_t<in_t>;
+  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  acc sum[CORRELATE_TAPS] = {};
+  if (o < p.f.O) correlate<in_t>(p, b, o, c, first, warp, sum);
+#pragma unroll
+  for (int j = 0; j < CORRELATE_TAPS; ++j) sums[(warp * CORRELATE_TAPS + j) * 32 + lane] = sum[j];
+  __syncthreads();
+#pragma unroll
+  for (int i = 0; i < CORRELATE_MINE; ++i) {
+    int j = warp + i * CORRELATE_WARPS;
+    if (j >= min(CORRELATE_TAPS, p.taps - first)) continue;
+    acc total = 0;
+    for (int w = 0; w < CORRELATE_WARPS; ++w) total += sums[(w * CORRELATE_TAPS + j) * 32 + lane];
+    use(i, total);
+  }
+}
+
 }  // namespace gradclust

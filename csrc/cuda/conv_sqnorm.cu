@@ -19,69 +19,46 @@ template <typename in_t, int BLOCKS>
 __global__ void __launch_bounds__(TILE_THREADS)
     conv_sqnorm_tensor_kernel(const __grid_constant__ ConvTiles p, int64_t first, float* __restrict__ partial) {
   GRADCLUST_SHARED(memory);
-  TileOrigin t = tile_origin(p, first + blockIdx.x);
-  int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
-  int pairs = (((t.columns + 1) / 2) - warp + TILE_WARPS - 1) / TILE_WARPS;
+  int64_t index = first + blockIdx.x;
+  TileOrigin t = tile_origin(p, index / p.tiles, int(index % p.tiles));
+  TensorTile<in_t, BLOCKS> tile(t);
   TensorSums<BLOCKS> sums = {};
-  // The last pair of an odd number repeats an octet, which is not counted.
-  auto octet = [&](int s, int half) { return min(2 * (warp + TILE_WARPS * s) + half, t.columns - 1); };
-  if constexpr (sizeof(in_t) == 2) {
-    int offset[PAIRS];
-#pragma unroll
-    for (int s = 0; s < PAIRS; ++s) offset[s] = column_offset(p, t, octet(s, lane / 16));
-    for_each_chunk<in_t>(p, t, 16 * BLOCKS, memory, [&](const Chunk& c, const in_t* stage) {
-      multiply_chunk<in_t, BLOCKS>(p, c, stage, pairs, offset, sums);
-    });
-  } else {
-    int offset[PAIRS][2];
-#pragma unroll
-    for (int s = 0; s < PAIRS; ++s)
-#pragma unroll
-      for (int h = 0; h < 2; ++h) offset[s][h] = column_offset(p, t, octet(s, h));
-    for_each_chunk<in_t>(p, t, 16 * BLOCKS, memory, [&](const Chunk& c, const in_t* stage) {
-      multiply_chunk<BLOCKS>(p, c, stage, pairs, offset, sums);
-    });
-  }
+  tile.multiply(p, t, memory, sums);
   float square = 0;
 #pragma unroll
   for (int s = 0; s < PAIRS; ++s)
 #pragma unroll
     for (int h = 0; h < 2; ++h) {
-      if (2 * (warp + TILE_WARPS * s) + h >= t.columns) continue;
+      if (tile.octet(s, h) >= t.columns) continue;
 #pragma unroll
       for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
         for (int i = 0; i < 4; ++i) square += sums[m][s][h][i] * sums[m][s][h][i];
     }
-  leave_block_sum(square, TILE_WARPS, memory, partial + first + blockIdx.x);
+  leave_block_sum(square, TILE_WARPS, memory, partial + index);
 }
+
+constexpr int SCALAR_ROWS = 8;  // of a thread
 
 template <typename acc>
 __global__ void __launch_bounds__(TILE_THREADS)
     conv_sqnorm_scalar_kernel(const __grid_constant__ ConvTiles p, int64_t first, acc* __restrict__ partial) {
   GRADCLUST_SHARED(memory);
-  constexpr int PARTS = 8 / VECTOR<acc>;  // vectors of an octet
-  TileOrigin t = tile_origin(p, first + blockIdx.x);
-  auto vector = [&](int s) { return int(threadIdx.x) % 16 + 16 * s; };
-  int offset[PAIRS];
-#pragma unroll
-  for (int s = 0; s < PAIRS; ++s) {
-    int v = min(vector(s), t.columns * PARTS - 1);
-    offset[s] = column_offset(p, t, v / PARTS) + v % PARTS * VECTOR<acc>;
-  }
-  ScalarSums<acc> sums = {};
-  for_each_chunk<acc>(p, t, TILE_ROWS, memory,
-                      [&](const Chunk& c, const acc* stage) { multiply_chunk(p, c, stage, offset, sums); });
+  int64_t index = first + blockIdx.x;
+  TileOrigin t = tile_origin(p, index / p.tiles, int(index % p.tiles));
+  ScalarTile<acc, SCALAR_ROWS> tile;
+  ScalarSums<acc, SCALAR_ROWS> sums = {};
+  tile.multiply(p, t, memory, sums);
   acc square = 0;
 #pragma unroll
   for (int s = 0; s < PAIRS; ++s) {
-    if (vector(s) >= t.columns * PARTS) continue;
+    if (tile.octet(s) >= t.columns) continue;
 #pragma unroll
-    for (int m = 0; m < 8; ++m)
+    for (int m = 0; m < SCALAR_ROWS; ++m)
 #pragma unroll
       for (int v = 0; v < VECTOR<acc>; ++v) square += sums[m][s][v] * sums[m][s][v];
   }
-  leave_block_sum(square, TILE_WARPS, memory, partial + first + blockIdx.x);
+  leave_block_sum(square, TILE_WARPS, memory, partial + index);
 }
 
 template <typename in_t>
@@ -91,22 +68,12 @@ __global__ void __launch_bounds__(32 * CORRELATE_WARPS, 2)
   using acc = acc_t<in_t>;
   GRADCLUST_SHARED(memory);
   acc* sums = reinterpret_cast<acc*>(memory);  // [warps, taps, 32]
-  int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
   int64_t index = first + blockIdx.x, b = index / p.tiles;
   int rest = int(index % p.tiles), tap = rest % p.tap_tiles * CORRELATE_TAPS;
   rest /= p.tap_tiles;
-  int64_t o = rest / p.C * 32 + lane;
-  acc sum[CORRELATE_TAPS] = {};
-  if (o < p.f.O) correlate<in_t>(p, b, o, rest % p.C, tap, warp, sum);
-#pragma unroll
-  for (int j = 0; j < CORRELATE_TAPS; ++j) sums[(warp * CORRELATE_TAPS + j) * 32 + lane] = sum[j];
-  __syncthreads();
+  int64_t o = rest / p.C * 32 + threadIdx.x % 32;
   acc square = 0;
-  for (int j = warp; j < min(CORRELATE_TAPS, p.taps - tap); j += CORRELATE_WARPS) {
-    acc total = 0;
-    for (int w = 0; w < CORRELATE_WARPS; ++w) total += sums[(w * CORRELATE_TAPS + j) * 32 + lane];
-    square += total * total;
-  }
+  correlate_block<in_t>(p, b, o, rest % p.C, tap, sums, [&](int, acc total) { square += total * total; });
   __syncthreads();
   leave_block_sum(square, CORRELATE_WARPS, memory, partial + index);
 }
@@ -130,7 +97,7 @@ const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Pla
 int tensor_rows(const ConvFactors& f) { return f.O / f.groups <= 32 ? 32 : 64; }
 
 template <typename in_t> ConvTiles plan_of(const ConvFactors& f, bool tensor) {
-  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : TILE_ROWS);
+  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : 8 * SCALAR_ROWS);
 }
 
 template <typename in_t>
@@ -150,10 +117,6 @@ const char* run_scalar(const ConvFactors& f, const char* sizes, void* partial, v
                                        static_cast<in_t*>(out), stream);
 }
 
-bool on_tensor_cores(const ConvFactors& f, ConvCudaRoute route) {
-  return f.dtype == DType::bf16 || f.dtype == DType::f16 || (f.dtype == DType::f32 && route == ConvCudaRoute::tiles_tf32);
-}
-
 }  // namespace
 
 int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
@@ -167,10 +130,7 @@ int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
 
 const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* partial, void* out, void* stream) {
   char sizes[192];
-  snprintf(sizes, sizeof sizes, "B=%lld, C=%lld, O=%lld, groups=%lld, image %lldx%lldx%lld, kernel %lldx%lldx%lld",
-           (long long)f.B, (long long)f.C, (long long)f.O, (long long)f.groups, (long long)f.size[0],
-           (long long)f.size[1], (long long)f.size[2], (long long)f.kernel[0], (long long)f.kernel[1],
-           (long long)f.kernel[2]);
+  describe(f, sizes);
   const char* error = nullptr;
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);

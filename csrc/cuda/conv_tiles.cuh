@@ -15,12 +15,13 @@
 
 namespace gradclust {
 
-constexpr int TILE_THREADS = 128, TILE_ROWS = 64, TILE_WARPS = TILE_THREADS / 32;
+constexpr int TILE_THREADS = 128, TILE_WARPS = TILE_THREADS / 32;
 
 struct ConvTiles {
   ConvFactors f;
   int C, O;                              // channels of one group
   int octets, channels, taps;            // of a tile: octets a kernel element, channels (8 · octets), elements of a kernel row
+  int tile_rows;                         // output channels of a tile
   int channel_tiles, row_tiles, tap_tiles, tiles;  // tiles: of one example
   int rows, width, pieces, chunks;       // output rows of a chunk, positions taken of each, pieces a row, chunks in all
   int pixels, pixel_step;                // of a segment; image columns from one pixel to the next
@@ -35,22 +36,21 @@ struct ConvTiles {
 // What a block knows about its tile.
 struct TileOrigin {
   int64_t b;
-  int tile, group, o0, c0, kz, ky, kx0;
+  int group, o0, c0, kz, ky, kx0;
   int O, C, taps, octets, columns;  // how much of the tile is there; columns counts octets
 };
 
-__device__ inline TileOrigin tile_origin(const ConvTiles& p, int64_t index) {
+__device__ inline TileOrigin tile_origin(const ConvTiles& p, int64_t b, int tile) {
   TileOrigin t;
-  t.b = index / p.tiles;
-  t.tile = int(index % p.tiles);
-  int rest = t.tile;
+  t.b = b;
+  int rest = tile;
   t.kx0 = rest % p.tap_tiles * p.taps, rest /= p.tap_tiles;
   t.ky = rest % int(p.f.kernel[1]), rest /= int(p.f.kernel[1]);
   t.kz = rest % int(p.f.kernel[0]), rest /= int(p.f.kernel[0]);
   t.c0 = rest % p.channel_tiles * p.channels, rest /= p.channel_tiles;
-  t.o0 = rest % p.row_tiles * TILE_ROWS;
+  t.o0 = rest % p.row_tiles * p.tile_rows;
   t.group = rest / p.row_tiles;
-  t.O = min(TILE_ROWS, p.O - t.o0);
+  t.O = min(p.tile_rows, p.O - t.o0);
   t.C = min(p.channels, p.C - t.c0);
   t.taps = min(p.taps, int(p.f.kernel[2]) - t.kx0);
   t.octets = (t.C + 7) / 8;
@@ -107,14 +107,14 @@ __device__ const in_t* act_at(const ConvTiles& p, const TileOrigin& t, const Chu
          ix * p.f.act_stride[4];
 }
 
-// Fetches one chunk. `rows` output channels are needed, those past t.O as zeros.
+// Fetches one chunk; output channels past t.O are zeros.
 template <typename in_t>
-__device__ void fetch_chunk(const ConvTiles& p, const TileOrigin& t, const Chunk& c, int rows, in_t* stage) {
+__device__ void fetch_chunk(const ConvTiles& p, const TileOrigin& t, const Chunk& c, in_t* stage) {
   constexpr int WIDTH = 16 / sizeof(in_t);
   in_t *d = stage, *x = stage + p.capacity * p.pitch_d;
   int segments = p.rows * p.pixels;
   if (p.wide_d) {
-    int vectors = rows / WIDTH;
+    int vectors = p.tile_rows / WIDTH;
     for (int i = threadIdx.x; i < p.capacity * vectors; i += TILE_THREADS) {
       int k = p.by_d_vectors.quotient(i), v = i - k * vectors;
       const in_t* from = grad_at<in_t>(p, t, c, k);
@@ -122,7 +122,7 @@ __device__ void fetch_chunk(const ConvTiles& p, const TileOrigin& t, const Chunk
       copy_16(d + k * p.pitch_d + v * WIDTH, there ? from + v * WIDTH : p.f.grad, there * int(sizeof(in_t)));
     }
   } else {
-    for (int i = threadIdx.x; i < p.capacity * rows; i += TILE_THREADS) {
+    for (int i = threadIdx.x; i < p.capacity * p.tile_rows; i += TILE_THREADS) {
       int o = p.by_capacity.quotient(i), k = i - o * p.capacity;
       const in_t* from = o < t.O ? grad_at<in_t>(p, t, c, k) : nullptr;
       d[k * p.pitch_d + o] = from ? from[o * p.f.grad_stride[1]] : zero_of<in_t>();
@@ -218,26 +218,26 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
   }
 }
 
-// Columns as a thread holds them without tensor cores: 8 output channels × 3 vectors of 16 bytes.
+// Columns as a thread holds them without tensor cores: ROWS output channels × 3 vectors of 16 bytes.
 template <typename acc> constexpr int VECTOR = 16 / int(sizeof(acc));
-template <typename acc> using ScalarSums = acc[8][PAIRS][VECTOR<acc>];
+template <typename acc, int ROWS> using ScalarSums = acc[ROWS][PAIRS][VECTOR<acc>];
 
-template <typename acc>
+template <typename acc, int ROWS>
 __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const acc* stage, const int (&offset)[PAIRS],
-                               ScalarSums<acc>& sums) {
+                               ScalarSums<acc, ROWS>& sums) {
   struct alignas(16) Vector { acc value[VECTOR<acc>]; };
-  const acc *d = stage + threadIdx.x / 16 * 8, *x = stage + p.capacity * p.pitch_d;
+  const acc *d = stage + threadIdx.x / 16 * ROWS, *x = stage + p.capacity * p.pitch_d;
   for (int r = 0; r < c.rows; ++r) {
     const acc *row = d + r * p.width * p.pitch_d, *pixel = x + r * p.pixels * p.pitch_x;
     for (int k = 0; k < c.width; ++k, row += p.pitch_d, pixel += p.position_step * p.pitch_x) {
-      Vector left[8 / VECTOR<acc>];
+      Vector left[ROWS / VECTOR<acc>];
 #pragma unroll
-      for (int v = 0; v < 8 / VECTOR<acc>; ++v) left[v] = reinterpret_cast<const Vector*>(row)[v];
+      for (int v = 0; v < ROWS / VECTOR<acc>; ++v) left[v] = reinterpret_cast<const Vector*>(row)[v];
 #pragma unroll
       for (int s = 0; s < PAIRS; ++s) {
         Vector right = *reinterpret_cast<const Vector*>(pixel + offset[s]);
 #pragma unroll
-        for (int m = 0; m < 8; ++m)
+        for (int m = 0; m < ROWS; ++m)
 #pragma unroll
           for (int v = 0; v < VECTOR<acc>; ++v)
             sums[m][s][v] += left[m / VECTOR<acc>].value[m % VECTOR<acc>] * right.value[v];
@@ -248,12 +248,12 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
 
 // Calls multiply(chunk, stage) for every chunk, the next one's copies under way.
 template <typename in_t, typename Fn>
-__device__ __forceinline__ void for_each_chunk(const ConvTiles& p, const TileOrigin& t, int rows, unsigned char* memory, Fn&& multiply) {
+__device__ __forceinline__ void for_each_chunk(const ConvTiles& p, const TileOrigin& t, unsigned char* memory, Fn&& multiply) {
   auto stage = [&](int i) { return reinterpret_cast<in_t*>(memory + i % p.stages * p.stage_bytes); };
-  fetch_chunk<in_t>(p, t, chunk_at(p, 0), rows, stage(0));
+  fetch_chunk<in_t>(p, t, chunk_at(p, 0), stage(0));
   for (int i = 0; i < p.chunks; ++i) {
     if (i + 1 < p.chunks) {
-      fetch_chunk<in_t>(p, t, chunk_at(p, i + 1), rows, stage(i + 1));
+      fetch_chunk<in_t>(p, t, chunk_at(p, i + 1), stage(i + 1));
       wait_for_copies<1>();
     } else {
       wait_for_copies<0>();
@@ -264,8 +264,65 @@ __device__ __forceinline__ void for_each_chunk(const ConvTiles& p, const TileOri
   }
 }
 
-// Chooses the tiles of a launch on factors of `size` bytes; `rows` output channels (a multiple of 16, at most TILE_ROWS)
-// are fetched. Chunks hold up to 256 / size positions, fewer where two of them would leave room for one block only.
+// A block's tile of one example's gradient on tensor cores: which columns the thread holds, and their sums.
+template <typename in_t, int BLOCKS> struct TensorTile {
+  int warp, lane, pairs;
+
+  __device__ explicit TensorTile(const TileOrigin& t) : warp(threadIdx.x / 32), lane(threadIdx.x % 32) {
+    pairs = ((t.columns + 1) / 2 - warp + TILE_WARPS - 1) / TILE_WARPS;
+  }
+  __device__ int octet(int s, int half) const { return 2 * (warp + TILE_WARPS * s) + half; }
+  __device__ int row(int m, int i) const { return 16 * m + lane / 4 + i / 2 * 8; }
+  __device__ int column(int i) const { return lane % 4 * 2 + i % 2; }  // in the octet
+
+  __device__ __forceinline__ void multiply(const ConvTiles& p, const TileOrigin& t, unsigned char* memory,
+                                           TensorSums<BLOCKS>& sums) const {
+    // The last pair of an odd number multiplies an octet twice; whoever reads the sums leaves the copy out.
+    auto start = [&](int s, int half) { return column_offset(p, t, min(octet(s, half), t.columns - 1)); };
+    if constexpr (sizeof(in_t) == 2) {
+      int offset[PAIRS];
+#pragma unroll
+      for (int s = 0; s < PAIRS; ++s) offset[s] = start(s, lane / 16);
+      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const in_t* stage) {
+        multiply_chunk<in_t, BLOCKS>(p, c, stage, pairs, offset, sums);
+      });
+    } else {
+      int offset[PAIRS][2];
+#pragma unroll
+      for (int s = 0; s < PAIRS; ++s)
+#pragma unroll
+        for (int h = 0; h < 2; ++h) offset[s][h] = start(s, h);
+      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const in_t* stage) {
+        multiply_chunk<BLOCKS>(p, c, stage, pairs, offset, sums);
+      });
+    }
+  }
+};
+
+// The same without tensor cores; 8 · ROWS output channels.
+template <typename acc, int ROWS> struct ScalarTile {
+  static constexpr int PARTS = 8 / VECTOR<acc>;  // vectors of an octet
+
+  __device__ int vector(int s) const { return int(threadIdx.x) % 16 + 16 * s; }
+  __device__ int octet(int s) const { return vector(s) / PARTS; }
+  __device__ int row(int m) const { return int(threadIdx.x) / 16 * ROWS + m; }
+  __device__ int column(int s, int v) const { return vector(s) % PARTS * VECTOR<acc> + v; }  // in the octet
+
+  __device__ __forceinline__ void multiply(const ConvTiles& p, const TileOrigin& t, unsigned char* memory,
+                                           ScalarSums<acc, ROWS>& sums) const {
+    int offset[PAIRS];
+#pragma unroll
+    for (int s = 0; s < PAIRS; ++s) {
+      int v = min(vector(s), t.columns * PARTS - 1);
+      offset[s] = column_offset(p, t, v / PARTS) + v % PARTS * VECTOR<acc>;
+    }
+    for_each_chunk<acc>(p, t, memory, [&](const Chunk& c, const acc* stage) {
+      multiply_chunk<acc, ROWS>(p, c, stage, offset, sums);
+    });
+  }
+};
+
+// Chooses the tiles of a launch on factors of `size` bytes, `rows` output channels each (a multiple of 16). Chunks hold up to 256 / size positions, fewer where two of them would leave room for one block only.
 inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int rows) {
   ConvTiles p{};
   p.f = f;
@@ -281,12 +338,12 @@ inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int row
   p.channels = 8 * p.octets;
   p.taps = std::min(kernel, most / p.octets);
   p.tap_tiles = ceil_div(kernel, p.taps), p.taps = ceil_div(kernel, p.tap_tiles);
-  p.row_tiles = ceil_div(p.O, TILE_ROWS);
+  p.tile_rows = rows, p.row_tiles = ceil_div(p.O, rows);
   // Rows whose pitch in 16-byte units is odd meet all banks in ldmatrix; 8 words beyond a multiple of 32 do for tf32.
   auto pitch = [&](int channels) {
     return size == 2 ? channels + (channels / 8 % 2 ? 0 : 8) : size == 4 ? channels + (40 - channels % 32) % 32 : channels;
   };
-  p.pitch_x = pitch(p.channels), p.pitch_d = pitch(TILE_ROWS);
+  p.pitch_x = pitch(p.channels), p.pitch_d = pitch(rows);
   int multiple = !tensor ? 1 : size == 2 ? 16 : 8, out = int(f.out[2]), all_rows = int(f.out[0] * f.out[1]);
   for (int positions = 256 / size;; positions /= 2) {
     if (positions < 16) {  // a wide stride or dilation: kernel elements no longer share segments

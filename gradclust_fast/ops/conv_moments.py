@@ -8,6 +8,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _conv_cuda, _cuda
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv, features, prepare, with_layer_arguments
 from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of
@@ -89,4 +90,29 @@ def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) 
     first, second = _fake(act, grad, *geometry)
     factors, how = _native.conv(act, grad, *geometry), GRADIENT_ROUTES.index(route)
     _native._C.conv_moments_cpu(factors, how, first.data_ptr(), second.data_ptr(), _native.num_threads())
+    return first, second
+
+
+@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route)
+def conv_moments_cuda(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
+    if not act.numel() or not grad.numel():
+        return _op.reference(act, grad, *geometry)
+    return by_cuda_route(_conv_cuda.choose(act, grad, geometry[4]), act, grad, *geometry)
+
+
+def by_cuda_route(
+    route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The CUDA kernel by a route of one's own choice; nothing may be empty."""
+    first, second = _fake(act, grad, *geometry)
+    act, grad = _conv_cuda.channels_side_by_side(act), _conv_cuda.channels_side_by_side(grad)
+    factors, code = _native.conv(act, grad, *geometry), _conv_cuda.ROUTES.index(route)
+    slices, weight = _cuda.native().conv_moments_cuda_slices(factors, code), first.shape[1] - bool(geometry[-1])
+    partial = first.new_empty(slices, 2, first.shape[0], weight)
+    _cuda.launch(
+        "conv_moments_cuda", act.device, factors, code, partial.data_ptr(), first.data_ptr(), second.data_ptr()
+    )
+    if geometry[-1]:
+        sums = _conv_cuda.bias_gradients(grad, first.dtype)  # [B, O]
+        first[:, -1], second[:, -1] = sums.sum(0), sums.square().sum(0)
     return first, second

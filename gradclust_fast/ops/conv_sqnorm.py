@@ -9,8 +9,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
-from ..triton_kernels._support import float32_precision
-from . import _cuda
+from . import _conv_cuda, _cuda
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv, prepare, with_layer_arguments
 from ._conv_routes import Layer, cheapest, cpu_refuses, describe, gradient_costs, layer_of, position_counts
@@ -112,56 +111,20 @@ def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) 
     return out
 
 
-CUDA_ROUTES = ("tiles", "tiles_tf32", "correlate")  # csrc/conv_sqnorm.h: ConvCudaRoute
-
-
-def _cuda_refuses(act: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
-    if act[:1].numel() >= 2**31 or grad[:1].numel() >= 2**31:
-        return "the CUDA kernel takes fewer than 2³¹ numbers an example"
-    return _cuda.refuses(act)
-
-
-def choose_cuda(act: torch.Tensor, grad: torch.Tensor, groups: int) -> str:
-    """Tiles pad a group to 8 input and 16 output channels; short correlations pad nothing and use no tensor cores."""
-    pairs, precise = act.shape[1] * grad.shape[1] // groups**2, act.dtype in (torch.float32, torch.float64)
-    tf32 = act.dtype == torch.float32 and float32_precision() == "tf32"
-    if groups > 1 and pairs <= (64 if precise and not tf32 else 16):
-        return "correlate"
-    return "tiles_tf32" if tf32 else "tiles"
-
-
-_CUDA_TEXT = {
-    "tiles": "tiles of G_b by implicit im2col",
-    "tiles_tf32": "tiles of G_b by implicit im2col, float32 rounded to tf32",
-    "correlate": "one short correlation a pair of channels",
-}
-
-
-def _cuda_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
-    return _CUDA_TEXT[choose_cuda(act, grad, geometry[4])] if act.numel() and grad.numel() else "nothing to sum"
-
-
-def _channels_side_by_side(tensor: torch.Tensor) -> torch.Tensor:
-    """Channel stride 1, by a copy where there are enough channels for 16-byte reads."""
-    if tensor.stride(1) == 1 or tensor.shape[1] < 8:
-        return tensor
-    return tensor.movedim(1, -1).contiguous().movedim(-1, 1)
-
-
-@_op.kernel("cuda", refuses=_cuda_refuses, route=_cuda_route)
+@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route)
 def conv_sqnorm_cuda(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     if not act.numel() or not grad.numel():
         return _fake(act).zero_() if not geometry[-1] else _op.reference(act, grad, *geometry)
-    return by_cuda_route(choose_cuda(act, grad, geometry[4]), act, grad, *geometry)
+    return by_cuda_route(_conv_cuda.choose(act, grad, geometry[4]), act, grad, *geometry)
 
 
 def by_cuda_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     """The CUDA kernel by a route of one's own choice; at least one example, channel and position."""
     out = _fake(act)
-    act, grad = _channels_side_by_side(act), _channels_side_by_side(grad)
-    factors, code = _native.conv(act, grad, *geometry), CUDA_ROUTES.index(route)
+    act, grad = _conv_cuda.channels_side_by_side(act), _conv_cuda.channels_side_by_side(grad)
+    factors, code = _native.conv(act, grad, *geometry), _conv_cuda.ROUTES.index(route)
     partial = out.new_empty(act.shape[0], _cuda.native().conv_sqnorm_cuda_partials(factors, code))
     _cuda.launch("conv_sqnorm_cuda", act.device, factors, code, partial.data_ptr(), out.data_ptr())
     if geometry[-1]:
-        out += grad.sum(list(range(2, grad.dim())), dtype=out.dtype).square().sum(1)
+        out += _conv_cuda.bias_gradients(grad, out.dtype).square().sum(1)
     return out
