@@ -225,6 +225,37 @@ def test_exact_moves_lower_j_and_one_at_a_time_decide_as_on_the_cpu(N, R, cluste
 
 
 @on_device
+@pytest.mark.parametrize("name", ["assign", "assign_points", "cluster_sums", "exact_moves"])
+def test_clustering_ops_repeat_their_bits_and_are_captured_in_graphs(name):
+    N, R, clusters = (5000, 96, 40) if DEVICE == "cuda" else (50, 6, 4)
+    points, labels = torch.randn(N, R, device=DEVICE), torch.randint(clusters, (N,), device=DEVICE)
+    centers, counts = torch.randn(clusters, R, device=DEVICE), torch.randint(1, 9, (clusters,), device=DEVICE)
+    norms = (centers.square().sum(1), points.square().sum(1))
+    args = {
+        "assign": (points @ centers.T, *norms, counts),
+        "assign_points": (points, centers, counts),
+        "cluster_sums": (points, labels, clusters),
+        "exact_moves": (points, labels, clusters, 1),
+    }[name]
+    op = getattr(gf.ops, name)
+    for backend in runnable(name, args, {}):
+        with gf.backend(backend):
+            expected = outputs(op(*args))
+            for _ in range(100 if DEVICE == "cuda" and backend != "reference" else 2):
+                assert all(torch.equal(each, again) for each, again in zip(expected, outputs(op(*args))))
+            if DEVICE != "cuda" or backend == "reference":
+                continue
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                captured = outputs(op(*args))
+        for each in captured:
+            each.zero_()
+        graph.replay()
+        torch.cuda.synchronize()
+        assert all(torch.equal(each, again) for each, again in zip(expected, captured))
+
+
+@on_device
 def test_exact_moves_reach_a_local_optimum():
     points, labels = torch.randn(400, 6), torch.randint(12, (400,))
     points, labels = points.to(DEVICE), labels.to(DEVICE)

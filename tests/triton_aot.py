@@ -14,6 +14,14 @@ from bench.aot_check import check, key_of, launches_of
 HALF = {"dtype": torch.bfloat16, "device": "meta"}
 
 
+def points(N, R, dtype=torch.float16):
+    return torch.empty(N, R, dtype=dtype, device="meta")
+
+
+def labels(N):
+    return torch.empty(N, dtype=torch.int64, device="meta")
+
+
 def factors(B, T, I=96, O=64):
     return torch.empty(B, T, I, **HALF), torch.empty(B, T, O, **HALF)
 
@@ -26,6 +34,22 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
         gf.ops.grad_sqnorm(*factors(B, T, 1024, 2048)) for B, T in ((1, 9), (400, 32), (7, 16))
     ],
     "grad_sqnorm, direct": lambda: [gf.ops.grad_sqnorm(*factors(B, T)) for B, T in ((132, 200), (999, 256))],
+    "assign": lambda: [
+        gf.ops.assign(points(B, K), points(K, 1)[:, 0], points(B, 1)[:, 0]) for B, K in ((1, 512), (7, 1024), (9, 2000))
+    ],
+    "assign_points, one block of features": lambda: [
+        gf.ops.assign_points(points(B, 128), points(K, 128)) for B, K in ((20_000, 100), (70_000, 129), (16, 7000))
+    ],
+    "assign_points, one tile of centres": lambda: [
+        gf.ops.assign_points(points(B, 1024), points(K, 1024)) for B, K in ((20_000, 64), (70_000, 33))
+    ],
+    "cluster_sums": lambda: [
+        gf.ops.cluster_sums(points(N, 256), labels(N), K) for N, K in ((1, 1), (16, 2), (70_000, 129))
+    ],
+    "exact_moves": lambda: [
+        gf.ops.exact_moves(points(N, 256), labels(N), K, seed)
+        for N, K, seed in ((60_000, 128, 0), (70_001, 100, 1), (50_000, 144, 2**40))
+    ],
     "grad_sqnorm, long": lambda: [
         gf.ops.grad_sqnorm(*factors(B, T, 1024, 2048)) for B, T in ((132, 129), (400, 512), (133, 200))
     ],

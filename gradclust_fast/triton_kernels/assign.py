@@ -36,6 +36,28 @@ def first_cheapest(value, index):
     return tl.where(any_nan, float("nan"), smallest), at
 
 
+@triton.jit
+def with_columns(
+    dot_ptr, center_sqnorm_ptr, counts_ptr, grad_sqnorm, live, begin, K, stride_center, stride_counts, best, best_index,
+    WEIGHTED: tl.constexpr, LAST: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The best so far and columns begin .. begin + BLOCK; the LAST ones may end before."""
+    acc = best.dtype
+    k = begin + tl.arange(0, BLOCK)
+    valid = k < K if LAST else k >= 0
+    mask = live[:, None] & valid[None, :] if LAST else live[:, None]
+    center_sqnorm = tl.load(center_sqnorm_ptr + k * stride_center, mask=valid, other=float("inf")).to(acc)
+    dot = tl.load(dot_ptr + k[None, :], mask=mask, other=0.0).to(acc)
+    cost = (center_sqnorm[None, :] - 2 * dot) + grad_sqnorm[:, None]
+    if WEIGHTED:
+        cost *= (tl.load(counts_ptr + k * stride_counts, mask=valid, other=0).to(acc) + 1)[None, :]
+    if LAST:
+        cost = tl.where(valid[None, :], cost, float("inf"))  # not NaN, whatever the row's norm is
+    index = tl.zeros_like(best_index) + k[None, :].to(tl.int32)
+    take = cheaper(cost, index, best, best_index)
+    return tl.where(take, cost, best), tl.where(take, index, best_index)
+
+
 @triton.jit(do_not_specialize=["B", "K", "stride_dot"])
 def assign_kernel(
     dot_ptr, center_sqnorm_ptr, grad_sqnorm_ptr, counts_ptr, label_ptr, cost_ptr, B, K,
@@ -46,23 +68,20 @@ def assign_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = row < B
     grad_sqnorm = tl.load(grad_sqnorm_ptr + row * stride_grad, mask=live, other=0.0).to(acc)
-    column = tl.arange(0, BLOCK)
     best = tl.full((ROWS, BLOCK), float("inf"), acc)
-    best_index = tl.zeros((ROWS, BLOCK), tl.int32) + column[None, :]
-    for begin in range(0, K, BLOCK):
-        k = begin + column
-        valid = k < K
-        center_sqnorm = tl.load(center_sqnorm_ptr + k * stride_center, mask=valid, other=float("inf")).to(acc)
-        at = dot_ptr + row[:, None] * (stride_dot * UNIT) + k[None, :]
-        dot = tl.load(at, mask=live[:, None] & valid[None, :], other=0.0).to(acc)
-        cost = (center_sqnorm[None, :] - 2 * dot) + grad_sqnorm[:, None]
-        if WEIGHTED:
-            cost *= (tl.load(counts_ptr + k * stride_counts, mask=valid, other=0).to(acc) + 1)[None, :]
-        cost = tl.where(valid[None, :], cost, float("inf"))  # not NaN, whatever the row's norm is
-        index = tl.zeros((ROWS, BLOCK), tl.int32) + k[None, :].to(tl.int32)
-        take = cheaper(cost, index, best, best_index)
-        best = tl.where(take, cost, best)
-        best_index = tl.where(take, index, best_index)
+    best_index = tl.zeros((ROWS, BLOCK), tl.int32) + tl.arange(0, BLOCK)[None, :]
+    dot_ptr += row[:, None] * (stride_dot * UNIT)
+    whole = K // BLOCK * BLOCK
+    for begin in range(0, whole, BLOCK):  # without a mask on k, which would take the 16-byte loads apart
+        best, best_index = with_columns(
+            dot_ptr, center_sqnorm_ptr, counts_ptr, grad_sqnorm, live, begin, K, stride_center, stride_counts, best,
+            best_index, WEIGHTED, False, BLOCK,
+        )  # fmt: skip
+    if whole < K:
+        best, best_index = with_columns(
+            dot_ptr, center_sqnorm_ptr, counts_ptr, grad_sqnorm, live, whole, K, stride_center, stride_counts, best,
+            best_index, WEIGHTED, True, BLOCK,
+        )  # fmt: skip
     cost, label = first_cheapest(best, best_index)
     tl.store(label_ptr + row, label.to(tl.int64), mask=live)
     tl.store(cost_ptr + row, cost, mask=live)

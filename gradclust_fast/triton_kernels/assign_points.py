@@ -478,12 +478,14 @@ def configuration(B: int, K: int, R: int, dtype: torch.dtype, low: bool, target:
     if target.interpreter:
         ROWS, CLUSTERS, BLOCK, warps, stages = 64, 32, 64, 4, 1
     else:
-        CLUSTERS = power_of_two(K, 16, 64)
-        ROWS, warps = 128, 8
+        hopper = target.capability >= (9, 0)
+        CLUSTERS = power_of_two(K, 16, 64 if hopper or dtype != torch.float32 else 32)  # more would spill registers
+        ROWS, warps = 128 if hopper else 64, 8
         if dtype == torch.float32:
             BLOCK, stages = power_of_two(R, 16, 32), 3
         else:
-            BLOCK, stages = power_of_two(R, 16, 128 if R <= 128 else 64), 3
+            # one tile of centres: memory-bound, so more rows are kept on their way
+            BLOCK, stages = power_of_two(R, 16, 128 if R <= 128 else 64), 4 if K <= CLUSTERS else 3
     tiles = blocks(B, ROWS) * blocks(K, CLUSTERS)
     room = WORKSPACE // max(1, B * CLUSTERS * blocks(K, CLUSTERS))
     splits = min(target.multiprocessors // max(1, tiles), blocks(R, 4 * BLOCK), room)

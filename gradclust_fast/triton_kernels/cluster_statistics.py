@@ -48,7 +48,7 @@ def load_wide_rows(points_ptr, center_ptr, sqnorm_ptr, row, live, feature, R, st
     return tl.where((feature == R)[None, :], sqnorm[:, None], x)
 
 
-@triton.jit(do_not_specialize=["N", "R", "stride_points"])
+@triton.jit(do_not_specialize=["N", "stride_points"])
 def cluster_statistics_sqnorm_kernel(
     points_ptr, center_ptr, sqnorm_ptr, N, R, stride_points, UNIT: tl.constexpr,
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,7 +62,7 @@ def cluster_statistics_sqnorm_kernel(
     tl.store(sqnorm_ptr + row, total, mask=row < N)
 
 
-@triton.jit(do_not_specialize=["K", "R", "stride_points", "stride_shift", "width"])
+@triton.jit(do_not_specialize=["K", "stride_points", "stride_shift"])
 def cluster_statistics_pieces_kernel(
     points_ptr, shift_ptr, sqnorm_ptr, rows_ptr, begin_ptr, first_ptr, cluster_ptr, high_ptr, low_ptr,
     K, R, stride_points, stride_shift, width,
@@ -118,7 +118,7 @@ def cluster_statistics_total_kernel(
     tl.store(scatter_ptr + k, tl.sum(square) - tl.sum(squares) / tl.maximum(count, 1).to(tl.float64))
 
 
-@triton.jit(do_not_specialize=["K", "R", "stride_points", "stride_shift"])
+@triton.jit(do_not_specialize=["K", "stride_points", "stride_shift"])
 def cluster_statistics_within_kernel(
     points_ptr, shift_ptr, sum_ptr, rows_ptr, begin_ptr, first_ptr, cluster_ptr, within_ptr,
     K, R, stride_points, stride_shift,

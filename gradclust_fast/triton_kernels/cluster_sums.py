@@ -40,7 +40,7 @@ def pieces(labels: torch.Tensor, K: int, length: int) -> Pieces:
     return Pieces(rows, begin, first, torch.searchsorted(first[1:], every, right=True))
 
 
-@triton.jit(do_not_specialize=["K", "R", "stride_points"])
+@triton.jit(do_not_specialize=["K", "stride_points"])
 def cluster_sums_pieces_kernel(
     points_ptr, rows_ptr, begin_ptr, first_ptr, cluster_ptr, part_ptr, K, R, stride_points,
     UNIT: tl.constexpr, PIECE: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
@@ -62,7 +62,7 @@ def cluster_sums_pieces_kernel(
         tl.store(part_ptr + piece * R + feature, total, mask=feature < R)
 
 
-@triton.jit(do_not_specialize=["R"])
+@triton.jit
 def cluster_sums_total_kernel(part_ptr, first_ptr, sums_ptr, R, BLOCK: tl.constexpr):
     """sums [K, R] from the pieces in order."""
     k = tl.program_id(0).to(tl.int64)

@@ -42,16 +42,16 @@ MOST_COSTS = 1 << 22
 """Costs of a block, 32 MB: they stay in the L2 cache."""
 
 
-@triton.jit(do_not_specialize=["N", "seed"])
-def exact_moves_order_kernel(key_ptr, N, seed, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["N", "seed", "seed_high"])
+def exact_moves_order_kernel(key_ptr, N, seed, seed_high, BLOCK: tl.constexpr):
     """key [N]: 62 random bits that depend on (seed, i) alone; sorted, they are the visiting order."""
     i = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    a, b, _, _ = tl.randint4x(seed, i.to(tl.int32))
+    a, b, _, _ = tl.randint4x((seed_high.to(tl.int64) << 31) | seed, i.to(tl.int32))
     key = ((a.to(tl.int64) & 0x7FFFFFFF) << 31) | (b.to(tl.int64) & 0x7FFFFFFF)
     tl.store(key_ptr + i, key, mask=i < N)
 
 
-@triton.jit(do_not_specialize=["begin", "n", "K", "R", "stride_points", "width"])
+@triton.jit(do_not_specialize=["begin", "n", "K", "stride_points"])
 def exact_moves_cost_kernel(
     points_ptr, center_ptr, sqnorm_ptr, order_ptr, sum_ptr, count_ptr, cost_ptr,
     begin, n, K, R, stride_points, width,
@@ -76,7 +76,7 @@ def exact_moves_cost_kernel(
     tl.store(cost_ptr + p[:, None] * K + k[None, :], cost, mask=(p < n)[:, None] & (k < K)[None, :])
 
 
-@triton.jit(do_not_specialize=["begin", "n", "K", "R", "width"])
+@triton.jit(do_not_specialize=["begin", "n", "K"])
 def exact_moves_choose_kernel(
     sqnorm_ptr, order_ptr, labels_ptr, sum_ptr, count_ptr, scatter_ptr, cost_ptr, source_ptr, target_ptr, slack_ptr,
     reach_ptr, entering_ptr, leaving_ptr, begin, n, K, R, width, tie,
@@ -200,7 +200,7 @@ def sign_of_move(source_ptr, target_ptr, admitted_ptr, moving_ptr, first_ptr, p,
     return tl.where(goes, tl.where(target == k, 1.0, -1.0), 0.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["begin", "n", "K", "R", "stride_points", "width"])
+@triton.jit(do_not_specialize=["begin", "n", "K", "stride_points"])
 def exact_moves_apply_kernel(
     points_ptr, center_ptr, sqnorm_ptr, order_ptr, labels_ptr, sum_ptr, sum_low_ptr, count_ptr, scatter_ptr,
     source_ptr, target_ptr, admitted_ptr, state_ptr, next_state_ptr,
@@ -262,7 +262,7 @@ class Sweep(Statistics):
         """[N] A permutation that depends on N and the seed alone."""
         key = self.new(self.N, dtype=torch.int64)
         grid = (blocks(self.N, 256),)
-        self.launch(exact_moves_order_kernel, grid, key, self.N, seed % 2**63, 256, num_warps=4)
+        self.launch(exact_moves_order_kernel, grid, key, self.N, seed % 2**31, seed // 2**31 % 2**31, 256, num_warps=4)
         return torch.sort(key, stable=True).indices
 
     def move(self, at: Pieces, order: torch.Tensor) -> None:
@@ -278,7 +278,7 @@ class Sweep(Statistics):
         source, target, admitted = self.new(3, length, dtype=torch.int32).unbind(0)
         TILE = 16 if small else 64 if blocks(length, 64) * blocks(K, 64) >= self.target.multiprocessors else 32
         COLUMNS = power_of_two(K, 16, 16 if small else 64)
-        SCAN, CHOOSERS = (16, 16) if small else (256, 8)
+        SCAN, CHOOSERS = (16, 16) if small else (128, 8)
         for index, begin in enumerate(range(0, N, length)):
             n = min(length, N - begin)
             now, later = state[index % 2], state[1 - index % 2]
