@@ -42,17 +42,19 @@ def gpu_baselines(points: torch.Tensor, centers: torch.Tensor) -> tuple[dict[str
     return {"flash-kmeans": lambda: assign(x, c, sqnorm)}, {}
 
 
-def case(B: int, R: int, K: int, dtype: torch.dtype, counted: bool = False) -> Case:
+def case(B: int, R: int, K: int, dtype: torch.dtype, counted: bool = False, kept: torch.dtype | None = None) -> Case:
     points, centers = torch.randn(B, R).to(dtype), torch.randn(K, R).to(dtype)
     counts = torch.randint(0, 1000, (K,)) if counted else None
     center_sqnorm = centers.float().square().sum(1).to(dtype)
     libraries, missing = library_baselines(points, centers) if points.device.type == "cpu" else ({}, {})
     if points.device.type == "cuda":
         libraries, missing = gpu_baselines(points, centers)
+    label = f"B={B} R={R} K={K} {str(dtype).removeprefix('torch.')}"
+    own = centers.to(kept or dtype)
     return Case(
         "assign_points",
-        f"B={B} R={R} K={K} {str(dtype).removeprefix('torch.')}{' by size' if counted else ''}",
-        lambda: gf.ops.assign_points(points, centers, counts),
+        label + (" by size" if counted else "") + (f", centres {str(kept).removeprefix('torch.')}" if kept else ""),
+        lambda: gf.ops.assign_points(points, own, counts),
         {
             "addmm + argmin": lambda: torch.addmm(center_sqnorm, points, centers.T, alpha=-2).argmin(1),
             **libraries,
@@ -71,4 +73,6 @@ def cases() -> Iterator[Case]:
         yield case(131_072, 128, 1024, torch.float32)
         yield case(4096, 4096, 64, torch.bfloat16)
         yield case(65_536, 1024, 512, torch.bfloat16)
+        yield case(65_536, 1024, 64, torch.bfloat16, kept=torch.float32)
+        yield case(65_536, 128, 256, torch.bfloat16, kept=torch.float32)
     yield case(60_000, 64, 256, torch.float32)
