@@ -5,6 +5,7 @@ Skipped without a CUDA device. ``GRADCLUST_TEST_DEVICE=cpu`` runs the same tests
 
 from __future__ import annotations
 
+import inspect
 import os
 
 import conv_cases
@@ -306,6 +307,67 @@ def test_kernels_run_on_the_current_stream():
         out = gf.ops.grad_sqnorm(act, grad)
     stream.synchronize()
     assert torch.equal(out, torch.full_like(out, 1024 * 4096.0))
+
+
+def linear_call(what, dtype=torch.float32, positions=(33,)):
+    """The name of a linear op, and arguments on the device."""
+    act, grad = torch.randn(9, *positions, 40).to(DEVICE, dtype), torch.randn(9, *positions, 24).to(DEVICE, dtype)
+    extra = {key: to(each, DEVICE) for key, each in EXTRA[what](40, 24, dtype, False).items()}
+    return f"grad_{what}", (act, grad), extra
+
+
+@on_device
+@pytest.mark.parametrize("half", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("what", EXTRA)
+def test_a_hundred_runs_give_the_same_bits(what, half):
+    name, args, kwargs = linear_call(what, half)
+    for backend in runnable(name, args, kwargs):
+        with gf.backend(backend):
+            first = outputs(getattr(gf.ops, name)(*args, **kwargs))
+            for _ in range(99 if DEVICE == "cuda" else 2):
+                again = outputs(getattr(gf.ops, name)(*args, **kwargs))
+                assert all(map(torch.equal, again, first)), f"{backend}: two runs differ"
+
+
+@on_device
+@pytest.mark.parametrize("positions", [(), (33,)], ids=["vector", "sequence"])
+@pytest.mark.parametrize("what", EXTRA)
+def test_triton_kernels_are_captured_in_a_graph(what, positions):
+    if DEVICE != "cuda":
+        pytest.skip("graphs are CUDA's")
+    name, args, kwargs = linear_call(what, positions=positions)
+    op = getattr(gf.ops, name)
+    if "triton" not in runnable(name, args, kwargs):
+        pytest.skip(gf.explain(name, *args, **kwargs).others.get("triton", "no Triton kernel"))
+    with gf.backend("triton"), torch.no_grad():
+        stream = torch.cuda.Stream()
+        with torch.cuda.stream(stream):
+            op(*args, **kwargs)  # compiles: not in a graph
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs(op(*args, **kwargs))
+        for tensor in args:
+            tensor.copy_(torch.randn_like(tensor))
+        graph.replay()
+        torch.cuda.synchronize()
+        for found, expected in zip(captured, outputs(op(*args, **kwargs)), strict=True):
+            assert torch.equal(found, expected)
+
+
+@on_device
+@pytest.mark.parametrize("what", EXTRA)
+def test_opcheck_on_the_device(what):
+    name, args, kwargs = linear_call(what)
+    op = OPS[name]
+    torch.library.opcheck(op.call, op.prepare(*args, **bound(name, args, kwargs)))
+
+
+def bound(name, args, kwargs):
+    """The keyword arguments in the op's order, with its defaults."""
+    signature = inspect.signature(getattr(gf.ops, name)).bind(*args, **kwargs)
+    signature.apply_defaults()
+    return {key: value for key, value in signature.arguments.items() if key not in ("act", "grad")}
 
 
 @on_device

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def gram(act: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
@@ -22,16 +22,23 @@ def stored(act: torch.Tensor, grad: torch.Tensor) -> torch.Tensor:
 
 
 def cases() -> Iterator[Case]:
-    for B, T, I, O in ((2048, 1, 512, 512), (256, 1, 128, 64), (128, 8, 256, 256), (16, 256, 128, 128)):
-        act, grad = torch.randn(B, T, I), torch.randn(B, T, O)
-        yield Case(
-            "grad_gram",
-            f"B={B} T={T} {I}→{O} float32",
-            lambda act=act, grad=grad: gf.ops.grad_gram(act, grad),
-            {
-                "two Gram matrices": lambda act=act, grad=grad: gram(act, grad),
-                **({"stored G": lambda act=act, grad=grad: stored(act, grad)} if T > 1 else {}),
-            },
-            flops=min(B * T * (B * T + 1) * (I + O), 2 * B * T * I * O + 2 * B * B * I * O),
-            bytes=4 * (B * T * (I + O) + B * B),
-        )
+    if on_gpu():
+        yield case(64, 128, 2048, 2048, torch.bfloat16)
+    for size in ((2048, 1, 512, 512), (256, 1, 128, 64), (128, 8, 256, 256), (16, 256, 128, 128)):
+        yield case(*size, torch.float32)
+
+
+def case(B: int, T: int, I: int, O: int, dtype: torch.dtype) -> Case:
+    act, grad = torch.randn(B, T, I, dtype=dtype), torch.randn(B, T, O, dtype=dtype)
+    return Case(
+        "grad_gram",
+        f"B={B} T={T} {I}→{O} {str(dtype).removeprefix('torch.')}",
+        lambda: gf.ops.grad_gram(act, grad),
+        {
+            "two Gram matrices": lambda: gram(act, grad),
+            **({"stored G": lambda: stored(act, grad)} if T > 1 else {}),
+        },
+        flops=min(B * T * (B * T + 1) * (I + O), 2 * B * T * I * O + 2 * B * B * I * O),
+        bytes=act.element_size() * B * T * (I + O) + 4 * B * B,
+        dtype=dtype,
+    )

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def rank1(act: torch.Tensor, grad: torch.Tensor):
@@ -21,16 +21,21 @@ def stored(act: torch.Tensor, grad: torch.Tensor):
 
 
 def cases() -> Iterator[Case]:
-    for B, T, I, O in ((4096, 1, 1024, 1024), (512, 1, 128, 128), (64, 8, 256, 256), (64, 64, 256, 256)):
-        act, grad = torch.randn(B, T, I), torch.randn(B, T, O)
-        expression = rank1 if T == 1 else stored
-        yield Case(
-            "grad_moments",
-            f"B={B} T={T} {I}→{O} float32",
-            lambda act=act, grad=grad: gf.ops.grad_moments(act, grad),
-            {
-                "two products" if T == 1 else "stored G": lambda act=act, grad=grad, run=expression: run(act, grad),
-            },
-            flops=(4 if T == 1 else 2 * T + 3) * B * I * O,
-            bytes=4 * (B * T * (I + O) + 2 * I * O),
-        )
+    if on_gpu():
+        yield case(32, 256, 2048, 2048, torch.bfloat16)
+    for size in ((4096, 1, 1024, 1024), (512, 1, 128, 128), (64, 8, 256, 256), (64, 64, 256, 256)):
+        yield case(*size, torch.float32)
+
+
+def case(B: int, T: int, I: int, O: int, dtype: torch.dtype) -> Case:
+    act, grad = torch.randn(B, T, I, dtype=dtype), torch.randn(B, T, O, dtype=dtype)
+    expression = rank1 if T == 1 else stored
+    return Case(
+        "grad_moments",
+        f"B={B} T={T} {I}→{O} {str(dtype).removeprefix('torch.')}",
+        lambda: gf.ops.grad_moments(act, grad),
+        {"two products" if T == 1 else "stored G": lambda: expression(act, grad)},
+        flops=(4 if T == 1 else 2 * T + 3) * B * I * O,
+        bytes=act.element_size() * B * T * (I + O) + 8 * I * O,
+        dtype=dtype,
+    )

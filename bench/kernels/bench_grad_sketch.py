@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
 
 def products(act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None):
@@ -17,23 +17,30 @@ def products(act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, r
 
 
 def cases() -> Iterator[Case]:
-    for B, T, I, O, P, Q in (
+    if on_gpu():
+        yield case(512, 128, 4096, 4096, 16, 16, torch.bfloat16)
+    for size in (
         (4096, 1, 1024, 1024, 16, 16),
         (256, 1, 784, 10, None, 32),
         (128, 64, 256, 256, 32, 32),
         (16, 512, 512, 512, 16, 16),
         (1024, 1, 32, 32, None, None),
     ):
-        positions = () if T == 1 else (T,)
-        act, grad = torch.randn(B, *positions, I), torch.randn(B, *positions, O)
-        left = None if P is None else torch.randn(O, P)
-        right = None if Q is None else torch.randn(I, Q)
-        flops = (0 if P is None else O * P) + (0 if Q is None else I * Q) + (P or O) * (Q or I)
-        yield Case(
-            "grad_sketch",
-            f"B={B} T={T} {I}→{O} P={P or 'O'} Q={Q or 'I'} float32",
-            lambda args=(act, grad, left, right): gf.ops.grad_sketch(*args),
-            {"(G left)ᵀ (A right)": lambda args=(act, grad, left, right): products(*args)},
-            flops=2 * B * T * flops,
-            bytes=4 * (B * T * (I + O) + B * (P or O) * (Q or I)),
-        )
+        yield case(*size, torch.float32)
+
+
+def case(B: int, T: int, I: int, O: int, P: int | None, Q: int | None, dtype: torch.dtype) -> Case:
+    positions = () if T == 1 else (T,)
+    act, grad = torch.randn(B, *positions, I, dtype=dtype), torch.randn(B, *positions, O, dtype=dtype)
+    left = None if P is None else torch.randn(O, P, dtype=dtype)
+    right = None if Q is None else torch.randn(I, Q, dtype=dtype)
+    flops = (0 if P is None else O * P) + (0 if Q is None else I * Q) + (P or O) * (Q or I)
+    return Case(
+        "grad_sketch",
+        f"B={B} T={T} {I}→{O} P={P or 'O'} Q={Q or 'I'} {str(dtype).removeprefix('torch.')}",
+        lambda: gf.ops.grad_sketch(act, grad, left, right),
+        {"(G left)ᵀ (A right)": lambda: products(act, grad, left, right)},
+        flops=2 * B * T * flops,
+        bytes=act.element_size() * B * T * (I + O) + 4 * B * (P or O) * (Q or I),
+        dtype=dtype,
+    )

@@ -6,8 +6,9 @@ import torch
 
 from .. import reference
 from .._dispatch import Op
-from ._checks import accumulator, check_centers, check_factors
+from ._checks import accumulator, as_rows, check_centers, check_factors
 from ._linear import cpu_refuses, quantities_cpu
+from ._triton import triton_loses, triton_refuses
 
 
 def grad_dot(
@@ -80,4 +81,32 @@ def grad_dot_cpu(
 ) -> torch.Tensor:
     out = _fake(act, grad, center_grad, center_act, bias)
     quantities_cpu(act, grad, bias, dot=out, center_grad=center_grad, center_act=center_act)
+    return out
+
+
+def _triton_refuses(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> str | None:
+    return triton_loses(act)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=_triton_loses,
+    route=lambda *_: "both products in one tile, multiplied and summed over T",
+)
+def grad_dot_triton(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, bias: bool
+) -> torch.Tensor:
+    from ..triton_kernels.grad_quantities import grad_quantities as fill  # here: it imports Triton
+
+    out = _fake(act, grad, center_grad, center_act, bias)
+    fill(as_rows(act), as_rows(grad), bias, dot=out, center_grad=center_grad, center_act=center_act)
     return out

@@ -8,6 +8,7 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, as_rows, check_factors
 from ._linear import cpu_refuses
+from ._triton import triton_loses, triton_refuses
 
 
 def grad_gram(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> torch.Tensor:
@@ -74,4 +75,26 @@ def grad_gram_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Te
     out = _fake(act, grad, bias)
     act, grad = as_rows(act), as_rows(grad)
     _native._C.grad_gram_cpu(_native.linear(act, grad, bias), out.data_ptr(), _native.num_threads())
+    return out
+
+
+def _triton_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return _cpu_loses(act, grad, bias) or triton_loses(act)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=_triton_loses,
+    route=lambda *_: "pairs of examples below the diagonal, summed in registers",
+)
+def grad_gram_triton(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
+    from ..triton_kernels.grad_gram import grad_gram as fill  # here: it imports Triton
+
+    out = _fake(act, grad, bias)
+    fill(as_rows(act), as_rows(grad), bias, out)
     return out

@@ -8,6 +8,7 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator, as_rows, check_factors, in_features
 from ._linear import cpu_refuses
+from ._triton import triton_loses, triton_refuses
 
 
 def grad_moments(act: torch.Tensor, grad: torch.Tensor, bias: bool = False) -> tuple[torch.Tensor, torch.Tensor]:
@@ -77,4 +78,27 @@ def grad_moments_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple
     act, grad = as_rows(act), as_rows(grad)
     factors = _native.linear(act, grad, bias)
     _native._C.grad_moments_cpu(factors, first.data_ptr(), second.data_ptr(), _native.num_threads())
+    return first, second
+
+
+def _triton_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | None:
+    return _cpu_loses(act, grad, bias) or triton_loses(act)
+
+
+def _triton_route(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str:
+    if act.shape[1:-1].numel() == 1:
+        return "two products, the second of the squares"
+    return "one gradient at a time, tile by tile, added and squared in registers"
+
+
+@_op.kernel("triton", refuses=_triton_refuses, loses=_triton_loses, route=_triton_route)
+def grad_moments_triton(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.grad_moments import grad_moments as fill  # here: it imports Triton
+
+    first, second = _fake(act, grad, bias)
+    fill(as_rows(act), as_rows(grad), bias, first, second)
     return first, second

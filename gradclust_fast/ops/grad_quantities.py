@@ -8,8 +8,9 @@ import torch
 
 from .. import reference
 from .._dispatch import Op
-from ._checks import accumulator, check_centers, check_factors, check_sides, in_features
+from ._checks import accumulator, as_rows, check_centers, check_factors, check_sides, in_features
 from ._linear import cpu_refuses, quantities_cpu, sequence_route
+from ._triton import triton_loses, triton_refuses
 
 
 class Quantities(NamedTuple):
@@ -161,8 +162,81 @@ def grad_quantities_cpu(
     bias: bool,
 ) -> list[torch.Tensor]:
     out = _fake(act, grad, sqnorm, left, right, center_grad, center_act, bias)
+    named = _by_name(out, sqnorm, left, right, center_grad, center_act)
+    quantities_cpu(act, grad, bias, **named)
+    return out
+
+
+def _by_name(
+    out: list[torch.Tensor],
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+) -> dict[str, torch.Tensor | None]:
+    """The outputs and what they are made with, as keyword arguments."""
     names = ["sqnorm"] * sqnorm + ["sketch"] * (left is not None or right is not None)
     names += ["dot"] * (center_grad is not None)
     aux = {"left": left, "right": right, "center_grad": center_grad, "center_act": center_act}
-    quantities_cpu(act, grad, bias, **dict(zip(names, out)), **aux)
+    return {**dict(zip(names, out)), **aux}
+
+
+def _triton_refuses(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> str | None:
+    return triton_loses(act)
+
+
+def _triton_route(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> str:
+    route = "a block of rows meets all projections and centres at once"
+    if sqnorm and act.shape[1:-1].numel() > 1:
+        route += "; norms: a read of their own, as grad_sqnorm"
+    return route
+
+
+@_op.kernel("triton", refuses=_triton_refuses, loses=_triton_loses, route=_triton_route)
+def grad_quantities_triton(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    sqnorm: bool,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    center_grad: torch.Tensor | None,
+    center_act: torch.Tensor | None,
+    bias: bool,
+) -> list[torch.Tensor]:
+    from ..triton_kernels.grad_quantities import grad_quantities as fill  # here: it imports Triton
+
+    out = _fake(act, grad, sqnorm, left, right, center_grad, center_act, bias)
+    fill(as_rows(act), as_rows(grad), bias, **_by_name(out, sqnorm, left, right, center_grad, center_act))
     return out

@@ -6,8 +6,9 @@ import torch
 
 from .. import reference
 from .._dispatch import Op
-from ._checks import accumulator, check_factors, check_sides, in_features
+from ._checks import accumulator, as_rows, check_factors, check_sides, in_features
 from ._linear import cpu_refuses, quantities_cpu
+from ._triton import triton_loses, triton_refuses
 
 
 def grad_sketch(
@@ -66,6 +67,9 @@ _op = Op(
 )
 
 
+_IDENTITY = "with two identity sides the result is G_b itself, which torch's batched product makes faster"
+
+
 def _cpu_refuses(
     act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
 ) -> str | None:
@@ -75,9 +79,7 @@ def _cpu_refuses(
 def _cpu_loses(
     act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
 ) -> str | None:
-    if left is None and right is None:
-        return "with two identity sides the result is G_b itself, which torch's batched product makes faster"
-    return None
+    return _IDENTITY if left is None and right is None else None
 
 
 @_op.kernel(
@@ -91,4 +93,32 @@ def grad_sketch_cpu(
 ) -> torch.Tensor:
     out = _fake(act, grad, left, right, bias)
     quantities_cpu(act, grad, bias, sketch=out, left=left, right=right)
+    return out
+
+
+def _triton_refuses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> str | None:
+    return triton_refuses(act)
+
+
+def _triton_loses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> str | None:
+    return _IDENTITY if left is None and right is None else triton_loses(act)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=_triton_loses,
+    route=lambda *_: "both projections of a block of rows, multiplied in registers",
+)
+def grad_sketch_triton(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, bias: bool
+) -> torch.Tensor:
+    from ..triton_kernels.grad_quantities import grad_quantities as fill  # here: it imports Triton
+
+    out = _fake(act, grad, left, right, bias)
+    fill(as_rows(act), as_rows(grad), bias, sketch=out, left=left, right=right)
     return out

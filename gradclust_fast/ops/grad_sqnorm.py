@@ -94,7 +94,14 @@ def _triton_loses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | No
     return triton_loses(act)
 
 
-@_op.kernel("triton", refuses=_triton_refuses, loses=_triton_loses)
+def _triton_route(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str:
+    from ..triton_kernels.grad_sqnorm import route
+
+    T, I, O = act.shape[1:-1].numel(), act.shape[-1], grad.shape[-1]
+    return route(act.shape[0], T, I, O, act.dtype, act.device)
+
+
+@_op.kernel("triton", refuses=_triton_refuses, loses=_triton_loses, route=_triton_route)
 def grad_sqnorm_triton(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     from ..triton_kernels.grad_sqnorm import grad_sqnorm as fill  # here: it imports Triton
 

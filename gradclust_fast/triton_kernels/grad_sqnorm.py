@@ -325,7 +325,7 @@ class Tiles(NamedTuple):
 def gram_tiles(B: int, T: int, dtype: torch.dtype, precision: str, target: Target) -> Tiles:
     """Tiles of T × T: the largest that still fill the GPU, or one of 64 rows that short examples share."""
     if target.interpreter:
-        return Tiles(32, 32, 64, 4, 1)
+        return Tiles(64, 64, 64, 4, 1)
     if dtype == torch.float32 and precision != "tf32":  # float32 units, or three products: registers are the limit
         return Tiles(64, 64, 32, 8, 2)
     n = blocks(T, 128)
@@ -351,6 +351,14 @@ def gram_is_cheaper(B: int, T: int, I: int, O: int, dtype: torch.dtype, target: 
     n = blocks(T, rows)
     gram = rows * rows * (I + O) * (n * (n + 1) / 2 if rows // 2 < T else 1 / (rows // T))
     return gram < power_of_two(T) * I * O if T <= 16 else gram < T * I * O
+
+
+def route(B: int, T: int, I: int, O: int, dtype: torch.dtype, device: torch.device) -> str:
+    """Which algorithm runs, as a sentence."""
+    if T <= 1:
+        return "rank 1: ‖act‖²‖grad‖², one read of each"
+    gram = gram_is_cheaper(B, T, I, O, dtype, _support.target(device))
+    return "centred Gram sum over the tiles of a triangle" if gram else "direct product, tile by tile"
 
 
 def grad_sqnorm(act: torch.Tensor, grad: torch.Tensor, bias: bool, out: torch.Tensor) -> None:
@@ -421,6 +429,28 @@ def _gram(act: torch.Tensor, grad: torch.Tensor, bias: bool, out: torch.Tensor, 
             num_stages=tiling.stages, device=device,
         )  # fmt: skip
     _finish(partial, center, total, flag, out, I, O, True, bias, target)
+
+
+def centers_and_totals(act: torch.Tensor, grad: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """c [B, I] and s = Σ_t D[t] [B, O] of every example, in float32; see the head of this file."""
+    B, T, I = act.shape
+    O, device = grad.shape[2], act.device
+    UNIT = unit(*act.stride()[:2], *grad.stride()[:2])
+    strides = [stride // UNIT for stride in (*act.stride()[:2], *grad.stride()[:2])]
+    POSITIONS, BLOCK = _column_tile(T, _support.target(device))
+    parts, n = max(1, blocks(I, BLOCK)), max(1, blocks(O, BLOCK))
+    center = act.new_empty(B, I, dtype=torch.float32)
+    energy = act.new_empty(B, parts, 2, dtype=torch.float32)
+    total = act.new_empty(B, O, dtype=torch.float32)
+    launch(
+        grad_sqnorm_center_kernel, (B * parts,), act, center, energy, T, I, parts, *strides[:2], UNIT, POSITIONS, BLOCK,
+        num_warps=4, device=device,
+    )  # fmt: skip
+    launch(
+        grad_sqnorm_total_kernel, (B * n,), grad, energy, energy, total, T, O, parts, n, *strides[2:], False, True,
+        UNIT, POSITIONS, BLOCK, num_warps=4, device=device,
+    )  # fmt: skip
+    return center, total
 
 
 def _direct(act: torch.Tensor, grad: torch.Tensor, bias: bool, out: torch.Tensor, target: Target) -> None:
