@@ -9,6 +9,7 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from ._checks import FLOATS, accumulator, as_rows, shape
+from ._triton import triton_loses, triton_refuses
 
 
 def norm_grads(
@@ -109,6 +110,11 @@ def _cpu_refuses(input: torch.Tensor, *_: object) -> str | None:
     return _native.cpu_unavailable()
 
 
+def _as_rows(tensor: torch.Tensor, groups: int) -> torch.Tensor:
+    """[B, T, D], or [B, C, S] with groups, with last stride 1."""
+    return as_rows(tensor.reshape(*tensor.shape[:2], tensor.shape[2:].numel()) if groups else tensor)
+
+
 @_op.kernel(
     "cpu", refuses=_cpu_refuses, route=lambda *_: "a row or a group at a time, normalised and added up in cache"
 )
@@ -116,13 +122,27 @@ def norm_grads_cpu(
     input: torch.Tensor, grad: torch.Tensor, groups: int, eps: float, rms: bool
 ) -> tuple[torch.Tensor, torch.Tensor]:
     weight, bias = _fake(input, grad, groups, eps, rms)
-    if groups:
-        B, C, S = *input.shape[:2], input.shape[2:].numel()
-        if S == 0:
-            return weight.zero_(), bias.zero_()
-        input, grad = (as_rows(tensor.reshape(B, C, S)) for tensor in (input, grad))
-    else:
-        input, grad = as_rows(input), as_rows(grad)
+    if groups and input.shape[2:].numel() == 0:
+        return weight.zero_(), bias.zero_()
+    input, grad = _as_rows(input, groups), _as_rows(grad, groups)
     factors = _native.norm(input, grad, groups)
     _native._C.norm_grads_cpu(factors, eps, rms, weight.data_ptr(), bias.data_ptr(), _native.num_threads())
+    return weight, bias
+
+
+@_op.kernel(
+    "triton",
+    refuses=lambda input, *_: triton_refuses(input),
+    loses=lambda input, *_: triton_loses(input),
+    route=lambda *_: "means and deviations, then the sums; x̂ in registers",
+)
+def norm_grads_triton(
+    input: torch.Tensor, grad: torch.Tensor, groups: int, eps: float, rms: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.norm_grads import norm_grads as fill
+
+    weight, bias = _fake(input, grad, groups, eps, rms)
+    if input.numel() == 0:
+        return weight.zero_(), bias.zero_()
+    fill(_as_rows(input, groups), _as_rows(grad, groups), groups, eps, rms, weight, bias)
     return weight, bias
