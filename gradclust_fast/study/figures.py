@@ -18,10 +18,11 @@ COLORS = {
     "GC online": "#56B4E9",
     "GC Neyman": "#CC79A7",
     "GC+SVRG": "#8B5A2B",
+    "GC guarded": "#7A3E9D",
 }
 """Distinct without colour vision, together with the markers."""
 
-MARKERS = dict(zip(COLORS, "osDv^Xp*"))
+MARKERS = dict(zip(COLORS, "osDv^Xp*P"))
 
 LABELS = {
     "SG-B": "SG-B: plain batch of B",
@@ -32,6 +33,7 @@ LABELS = {
     "GC online": "GC online: strata kept up to date",
     "GC Neyman": "GC exact, K = B/2, Neyman",
     "GC+SVRG": "GC exact with SVRG",
+    "GC guarded": "GC exact, renewed by its guard",
 }
 
 QUANTITIES = {

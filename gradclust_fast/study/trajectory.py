@@ -36,6 +36,7 @@ class Trajectory:
         stats_batch: examples a batch of the measuring passes.
         fit_batch: of the factored clustering's passes, whose counts grow from batch to batch; None is the batch size,
             as the authors have it.
+        rare, rare_at: methods that are measured at these steps only, since they cost most.
     """
 
     problem: Callable[[Unit], Problem]
@@ -53,6 +54,8 @@ class Trajectory:
     monte_carlo_at: tuple[int, ...] = ()
     stats_batch: int = 256
     fit_batch: int | None = None
+    rare: tuple[str, ...] = ()
+    rare_at: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
         if self.methods[0] != "SG-B":
@@ -64,7 +67,8 @@ class Trajectory:
 
     def settings(self) -> dict[str, Any]:
         """Everything but the problem, whose arguments are the variant's labels and details."""
-        return {key: value for key, value in asdict(self).items() if key != "problem"}
+        given = asdict(self)
+        return {key: value for key, value in given.items() if key != "problem" and (value or "rare" not in key)}
 
     def __call__(self, unit: Unit) -> None:
         Run(self, unit).go()
@@ -160,7 +164,8 @@ class Run:
         accuracy = train_accuracy
         if problem.test is not None:
             accuracy = evaluate(problem.model, problem, problem.test, self.device)[1]
-        estimators = [e for e in (method.estimator(self) for method in self.methods) if e is not None]
+        methods = [m for m in self.methods if m.name not in plan.rare or self.step in plan.rare_at]
+        estimators = [e for e in (method.estimator(self) for method in methods) if e is not None]
         report = compare_estimators(
             problem.model,
             problem.train,
