@@ -62,5 +62,4 @@ ROW = Row(
         "paper": "R7's trajectory, and the same with 20 % of the labels drawn anew",
     },
     paper="GC's variance spikes after the drop, but not with wrong labels.",
-    model=True,
 )
