@@ -33,7 +33,7 @@ def checks(table: Table) -> list[Check]:
 
 def draw(table: Table) -> Any:
     figure, axes = canvas(2, 2, "R9  CIFAR-10 with and without wrong labels: strata renewed on schedule, or by a guard")
-    trained = table.where(lambda r: r["step"] > 0 and r["estimator"] in ("SG-B", "SG-2B", "GC exact", "GC guarded"))
+    trained = table.where(lambda r: r["step"] > 0 and r.get("estimator") in ("SG-B", "SG-2B", "GC exact", "GC guarded"))
     for data, pair in zip(table.distinct("data"), axes):
         own = trained.where(data=data)
         lines(pair[0], own, "variance_per_coordinate", log_y=True, title=data)

@@ -84,6 +84,8 @@ def draw(table: Table) -> Any:
         panel.axhline(0.5, color="0.6", lw=1, ls=":")
         panel.text(0, 0.51, "SG-2B", fontsize=8.5, color="0.4")
         panel.set_xscale("symlog", linthresh=10)
+        panel.set_xlim(-1, 1500)
+        panel.set_xticks(AGES, [str(age) for age in AGES])
         panel.set(title=problem, xlabel="age of the strata, training steps", ylabel="gradient variance ÷ SG-B's")
         panel.set_ylim(0, None)
         panel.grid(True, alpha=0.25)
