@@ -14,7 +14,7 @@ from .row import Variant
 from .trajectory import Trajectory
 from .unit import Unit
 
-SIZES: dict[str, dict[str, int]] = {
+SIZES: dict[str, dict[str, Any]] = {
     "small": {"limit": 1500, "pool": 2, "width": 8},
     "paper": {"limit": 5000, "pool": 1, "width": 16},
 }

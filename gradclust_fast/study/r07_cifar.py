@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from .figures import canvas, legend, lines
@@ -48,6 +50,15 @@ def snapshots(one: Table, estimator: str = "GC guarded") -> float:
     return max(one.column("guard_snapshots"))
 
 
+def aged(table: Table, fresh: bool) -> Table:
+    """Measurements right after a snapshot, or the others."""
+    return table.where(lambda r: (r["age"] == 0) == fresh)
+
+
+def picked(one: Table, pick: Callable[[list[float]], float]) -> float:
+    return pick(one.column("ratio"))
+
+
 def guarded_checks(table: Table, name: str = "") -> list[Check]:
     """What the guard did, for R7 and R9."""
     worst = table.per_seed(lambda own: max(against(own, "GC guarded", "SG-B")))
@@ -80,9 +91,9 @@ def checks(table: Table) -> list[Check]:
         ),
     ]  # fmt: skip
     for fresh, label in ((True, "right after a snapshot"), (False, "before the next")):
-        exact = table.where(lambda r, fresh=fresh: r["step"] > 0 and (r["age"] == 0) == fresh, estimator="GC exact")
+        exact = aged(table.where(lambda r: r["step"] > 0, estimator="GC exact"), fresh)
         for name, pick in (("least", min), ("most", max)):
-            values = exact.per_seed(lambda own, pick=pick: pick(own.column("ratio")))
+            values = exact.per_seed(partial(picked, pick=pick))
             out.append(check(f"GC exact ÷ SG-B {label}, {name}", "–", values))
     for name in (n for n in ("SVRG", "GC factored", "GC+SVRG") if n in table.distinct("estimator")):
         values = table.where(lambda r: bool(r["age"]), estimator=name).per_seed(lambda own: mean(own.column("ratio")))

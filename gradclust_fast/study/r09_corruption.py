@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 from .figures import canvas, legend, lines
@@ -24,7 +25,7 @@ def checks(table: Table) -> list[Check]:
     for data in table.distinct("data"):
         own = table.where(data=data)
         for name in ("GC exact", "GC guarded", "SG-B"):
-            values = own.per_seed(lambda one, name=name: spike(one, name))
+            values = own.per_seed(partial(spike, estimator=name))
             paper = papers[data] if name == "GC exact" else "–"
             out.append(check(f"{data}: max ÷ median of V after the drop, {name}", paper, values))
         out += guarded_checks(own, f", {data}")

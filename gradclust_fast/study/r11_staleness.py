@@ -48,20 +48,24 @@ def decay(one: Table, made: int, age: int, column: str) -> float:
     return value(one, made, age, column) / value(one, made, 0, column)
 
 
+def made_at(table: Table, made: int) -> Table:
+    """Measurements with the strata of one snapshot."""
+    return table.where(lambda r: r.get("age") is not None and r["step"] - made == r["age"] <= AGES[-1])
+
+
 def checks(table: Table) -> list[Check]:
     out = []
     for problem in table.distinct("problem"):
         own = table.where(problem=problem)
         for made in MADE[problem]:
             for age in AGES[1:]:
-                bar = {"below": 1.2} if (problem, age) == ("random features", 1000) else {}
+                bar = 1.2 if (problem, age) == ("random features", 1000) else None
                 values = own.per_seed(partial(decay, made=made, age=age, column="variance"))
-                out.append(
-                    check(f"{problem}, strata of step {made}: V({age} later) ÷ V(0), GC exact", "–", values, **bar)
-                )
+                claim = f"{problem}, strata of step {made}: V({age} later) ÷ V(0), GC exact"
+                out.append(check(claim, "–", values, below=bar))
             for age in (0, 1000):
                 for name in ("GC exact", "GC online"):
-                    values = own.per_seed(lambda one, m=made, a=age, n=name: value(one, m, a, "ratio", n))
+                    values = own.per_seed(partial(value, made=made, age=age, column="ratio", estimator=name))
                     label = "strata that follow training" if name == "GC online" else f"strata of step {made}"
                     out.append(check(f"{problem}, step {made + age}: {name} ÷ SG-B, {label}", "–", values))
     return out
@@ -73,8 +77,7 @@ def draw(table: Table) -> Any:
         own = table.where(problem=problem)
         for made, style in zip(MADE[problem], ("-", "--")):
             for name in ("GC exact", "GC factored", "GC online", "GC+SVRG"):
-                used = own.where(lambda r, m=made: m <= r["step"] <= m + AGES[-1] and r["step"] - m == r["age"])
-                xs, middle, low, high = used.where(estimator=name).curve("age", "ratio")
+                xs, middle, low, high = made_at(own, made).where(estimator=name).curve("age", "ratio")
                 if not xs:
                     continue
                 label = f"{name}, from step {made}"

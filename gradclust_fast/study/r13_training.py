@@ -233,7 +233,7 @@ def checks(table: Table) -> list[Check]:
         own = table.where(problem=problem)
         for name in (n for n in ESTIMATORS[1:] if n in own.distinct("estimator")):
             for x, label in (("examples", "at equal examples"), ("seconds", "at equal processor time")):
-                values = own.per_seed(lambda one, n=name, x=x: relative(one, n, x, "train_loss"))
+                values = own.per_seed(partial(relative, estimator=name, x=x, column="train_loss"))
                 out.append(check(f"{problem}: training loss ÷ SG-B's {label}, {name}", "–", values))
         for name in own.distinct("estimator"):
             values = own.where(estimator=name).per_seed(lambda one: one.column("accuracy")[-1])

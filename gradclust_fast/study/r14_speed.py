@@ -157,6 +157,10 @@ def correlations(records: list[dict[str, Any]]) -> tuple[float, float]:
     return mean(row[0] for row in out), mean(row[1] for row in out)
 
 
+def of_seed(one: Table, which: int) -> float:
+    return correlations(one.records)[which]
+
+
 def interval(records: list[dict[str, Any]], draws: int = 2000) -> tuple[float, float, list[float]]:
     """95 % bootstrap interval of |ρ_NV| − |ρ_V|, whole training runs drawn with replacement."""
     runs: dict[tuple, list[dict[str, Any]]] = {}
@@ -187,7 +191,7 @@ def checks(table: Table) -> list[Check]:
             continue
         nv, v = correlations(own.records)
         for name, column in (("normalized variance", 0), ("variance", 1)):
-            values = own.per_seed(lambda one, c=column: correlations(one.records)[c])
+            values = own.per_seed(partial(of_seed, which=column))
             out.append(check(f"{problem}: rank correlation of speed with {name}, by seed", "–", values))
         low, high, _ = interval(own.records)
         ours = f"ρ_NV = {nv:.2f}, ρ_V = {v:.2f}; |ρ_NV| − |ρ_V| in [{low:.2f}, {high:.2f}]: {verdict(low, high)}"
