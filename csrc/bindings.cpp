@@ -128,8 +128,8 @@ void bind_conv(py::module_& m) {
   m.def("conv_sqnorm_cpu", [](const ConvTuple& f, int route, uintptr_t out, int threads) {
     PICK(conv_sqnorm_cpu)(conv(f), ConvRoute(route), pointer(out), threads);
   }, nogil());
-  m.def("conv_gram_cpu", [](const ConvTuple& f, int route, uintptr_t out, int threads) {
-    PICK(conv_gram_cpu)(conv(f), GradientRoute(route), pointer(out), threads);
+  m.def("conv_gram_cpu", [](const ConvTuple& f, bool positions, int route, uintptr_t out, int threads) {
+    PICK(conv_gram_cpu)(conv(f), positions, GradientRoute(route), pointer(out), threads);
   }, nogil());
   m.def("conv_moments_cpu", [](const ConvTuple& f, int route, uintptr_t first, uintptr_t second, int threads) {
     PICK(conv_moments_cpu)(conv(f), GradientRoute(route), pointer(first), pointer(second), threads);

@@ -24,7 +24,7 @@ MODULES = {name: importlib.import_module(f"gradclust_fast.ops.{name}") for name 
 ROUTES = {
     "conv_sketch": MODULES["conv_sketch"].ROUTES,
     "conv_dot": ("filters", *GRADIENT_ROUTES),
-    "conv_gram": GRADIENT_ROUTES,
+    "conv_gram": MODULES["conv_gram"].ROUTES,
     "conv_moments": GRADIENT_ROUTES,
 }
 EACH = [(name, route) for name, routes in ROUTES.items() for route in routes]
@@ -116,6 +116,21 @@ def test_nan_stays_in_its_own_row_by_every_route(name, route):
     assert not out[4].isfinite().any()
 
 
+@pytest.mark.parametrize("kernel_size, stride, padding", [(3, 1, 1), (3, 2, 1), (2, 1, 0), (1, 2, 0)])
+@pytest.mark.parametrize("route", ROUTES["conv_gram"])
+def test_near_constant_images_do_not_cancel_in_pairs(route, dtype, kernel_size, stride, padding):
+    geometry = {"kernel_size": kernel_size, "stride": stride, "padding": padding}
+    noise = torch.tensor([1e-2, 1e-2, 3.0, 1e-2, 3.0]).reshape(5, 1, 1, 1)  # two examples that are not near-constant
+    act = (3 + noise * torch.randn(5, 48, 5, 4)).to(dtype)
+    out_size = [(n + 2 * padding - kernel_size) // stride + 1 for n in (5, 4)]
+    grad = torch.randn(5, 40, *out_size)
+    grad = (grad - grad.mean((2, 3), keepdim=True)).to(dtype)
+    G = conv_grads(act, grad, True, **geometry).flatten(1)
+    out = by_route("conv_gram", route, act, grad, bias=True, **geometry).double()
+    oracle, size = G @ G.mT, G.norm(dim=1)
+    assert ((out - oracle).abs() / (size[:, None] * size)).max() <= (1e-10 if dtype == torch.float64 else 1e-5)
+
+
 @pytest.mark.parametrize("name, route", EACH)
 def test_the_thread_count_changes_nothing(name, route):
     act, grad = torch.randn(35, 20, 5, 4), torch.randn(35, 18, 5, 4)
@@ -146,9 +161,26 @@ def test_explain_names_the_cheapest_route_of_a_sketch(C, O, size, groups, P, Q, 
     assert explanation.route.startswith(route)
 
 
+@pytest.mark.parametrize("C, size, route", [(256, 4, "products of positions"), (16, 16, "direct")])
+def test_explain_names_the_cheapest_route_to_a_gram(C, size, route):
+    act, grad = torch.zeros(8, C, size, size), torch.zeros(8, C, size, size)
+    with gf.backend("cpu"):
+        assert gf.explain("conv_gram", act, grad, kernel_size=3, padding=1).route.startswith(route)
+
+
 @pytest.mark.parametrize("K, route", [(4, "filters"), (400, "direct")])
 def test_explain_names_the_cheapest_route_to_the_centres(K, route):
     act, grad = torch.zeros(8, 64, 16, 16), torch.zeros(8, 64, 16, 16)
     centers = torch.zeros(K, 64), torch.zeros(K, 576)
     with gf.backend("cpu"):
         assert gf.explain("conv_dot", act, grad, *centers, kernel_size=3, padding=1).route.startswith(route)
+
+
+@pytest.mark.parametrize("name", ["conv_gram", "conv_moments", "conv_dot", "conv_sketch"])
+def test_auto_passes_over_narrow_pointwise_groups(name):
+    act, grad = torch.randn(3, 8, 4, 4), torch.randn(3, 16, 4, 4)
+    tensors = OPS[name][0](16, 1, torch.float32) if name == "conv_dot" else ()
+    narrow = gf.explain(name, act, grad, *tensors, kernel_size=1, groups=8)
+    assert narrow.backend == "reference" and "fewer than 16 output channels a group" in narrow.others["cpu"]
+    tensors = OPS[name][0](16, 8, torch.float32) if name == "conv_dot" else ()
+    assert gf.explain(name, act, grad, *tensors, kernel_size=1).backend == "cpu"

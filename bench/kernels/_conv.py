@@ -9,6 +9,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+import gradclust_fast as gf
+
 
 @dataclass
 class Layer:
@@ -71,3 +73,12 @@ class Layer:
             "layer's forward + backward": self.step,
             "layer's weight gradient": self.weight_gradient,
         }
+
+    def composed(self, op: Callable[..., Any], *tensors: torch.Tensor) -> dict[str, Callable[[], Any]]:
+        """The op's reference: torch's convolutions and products, nothing unfolded."""
+
+        def run() -> Any:
+            with gf.backend("reference"):
+                return op(self.act, self.grad, *tensors, **self.geometry)
+
+        return {"composed of torch ops": run}

@@ -20,7 +20,7 @@ def cases() -> Iterator[Case]:
             "conv_dot",
             f"{layer.label} K={K}",
             lambda layer=layer, D=D, A=A: gf.ops.conv_dot(layer.act, layer.grad, D, A, **layer.geometry),
-            layer.baselines(lambda G, D=D, A=A: ((G @ A.mT) * D.mT).sum(1)),
+            layer.baselines(lambda G, D=D, A=A: ((G @ A.mT) * D.mT).sum(1)) | layer.composed(gf.ops.conv_dot, D, A),
             flops=2 * layer.B * layer.T * K * (layer.I + layer.O),
             bytes=layer.bytes(K * (layer.I + layer.O) + layer.B * K),
         )

@@ -11,10 +11,23 @@ from bench.harness import Case
 
 from ._conv import Layer
 
+LAYERS = (
+    (dict(B=128, C=64, O=64, size=16), 16, 16),
+    (dict(B=128, C=64, O=128, size=8), 16, 16),
+    (dict(B=128, C=64, O=64, size=16), 8, 64),  # left mixes the channels first
+    (dict(B=128, C=64, O=64, size=16, groups=64), 16, 16),  # depthwise: through G_b
+)
+
 
 def cases() -> Iterator[Case]:
-    for sizes, P, Q in ((dict(B=128, C=64, O=64, size=16), 16, 16), (dict(B=128, C=64, O=128, size=8), 16, 16)):
+    for sizes, P, Q in LAYERS:
         layer = Layer(**sizes)
+        T, O, I, groups = layer.T, layer.O, layer.I, layer.groups
+        routes = (
+            groups * T * Q * (I + P) + T * O * P,  # filters
+            T * P * (O + groups * I) + groups * P * I * Q,  # left first
+            T * I * O + O * Q * (I + P),  # through G_b
+        )
         left, right = torch.randn(layer.O, P), torch.randn(layer.I, Q)
         yield Case(
             "conv_sketch",
@@ -22,7 +35,8 @@ def cases() -> Iterator[Case]:
             lambda layer=layer, left=left, right=right: gf.ops.conv_sketch(
                 layer.act, layer.grad, left, right, **layer.geometry
             ),
-            layer.baselines(lambda G, left=left, right=right: left.mT @ G @ right),
-            flops=2 * layer.B * layer.T * (layer.I * Q + layer.O * P + P * Q),
+            layer.baselines(lambda G, left=left, right=right: left.mT @ G @ right)
+            | layer.composed(gf.ops.conv_sketch, left, right),
+            flops=2 * layer.B * min(routes),
             bytes=layer.bytes(left.numel() + right.numel() + layer.B * P * Q),
         )

@@ -52,9 +52,11 @@ GRADCLUST_INLINE Workspace& thread_workspace() {
 // `inner` steps, row i starting at row_offset[i] and stepping by a_step; b is packed, N numbers a step. A Gram tile (one
 // row, channels as steps), a weight-gradient tile (image rows and columns) and a filtered image (kernel elements and
 // channels) are all of this form, so no operand is ever unfolded.
-template <typename T>
-GRADCLUST_INLINE void multiply(T* out, int64_t out_step, bool accumulate, const T* const* a, const int64_t* row_offset,
-                               int64_t outer, int64_t inner, int64_t a_step, const T* b) {
+// finish(r, v, vector) gets the sums of row r while they are in registers.
+template <typename T, typename Finish>
+GRADCLUST_INLINE void multiply_and(const T* out, int64_t out_step, bool accumulate, const T* const* a,
+                                   const int64_t* row_offset, int64_t outer, int64_t inner, int64_t a_step, const T* b,
+                                   Finish&& finish) {
   constexpr int L = LANES<T>;
   static const T zeros[TILE_WIDTH<T>] = {};  // read, because a zeroed register array would be set up in memory
   const T* start = accumulate ? out : zeros;
@@ -84,7 +86,16 @@ GRADCLUST_INLINE void multiply(T* out, int64_t out_step, bool accumulate, const 
 #pragma GCC unroll 8
   for (int r = 0; r < TILE_ROWS; ++r)
 #pragma GCC unroll 8
-    for (int v = 0; v < TILE_VECTORS; ++v) store_vec(out + r * out_step + v * L, sum[r][v]);
+    for (int v = 0; v < TILE_VECTORS; ++v) finish(r, v, sum[r][v]);
+}
+
+template <typename T>
+GRADCLUST_INLINE void multiply(T* out, int64_t out_step, bool accumulate, const T* const* a, const int64_t* row_offset,
+                               int64_t outer, int64_t inner, int64_t a_step, const T* b) {
+  multiply_and<T>(out, out_step, accumulate, a, row_offset, outer, inner, a_step, b,
+                  [&](int r, int v, vec_t<T> sum) __attribute__((always_inline)) {
+                    store_vec(out + r * out_step + v * LANES<T>, sum);
+                  });
 }
 
 GRADCLUST_INLINE int64_t floor_div(int64_t a, int64_t b) { return a / b - (a % b < 0); }

@@ -14,6 +14,8 @@ struct DirectPlan {
   int64_t C, O, I, kernel, T;       // of one group
   int64_t extent[3], plane;         // the part of the padded image that some output position sees; from plane to plane
   int64_t outer, inner, block;      // output rows, positions in a row, rows in a block
+  int64_t step;                     // from one position of a row to the next in the padded plane
+  bool in_place;                    // the image itself serves as padded planes
   int64_t* row_offset;              // [outer] output row → start in the padded plane
   int64_t* position;                // [T] output position → its first kernel element in the padded plane
   int64_t* column_offset;           // [I] column of G_b → start in the padded planes
@@ -22,11 +24,20 @@ struct DirectPlan {
   int64_t blocks() const { return ceil_div(outer, block); }
 };
 
-template <typename T> void plan_direct(const ConvFactors& f, DirectPlan& p) {
+// copy: planes are copied even where the image could be read in place, for callers that walk over many channels (a power
+// of two apart, they share cache sets).
+template <typename T> void plan_direct(const ConvFactors& f, DirectPlan& p, bool copy = false) {
   p.C = f.C / f.groups, p.O = f.O / f.groups, p.kernel = f.kernel[0] * f.kernel[1] * f.kernel[2];
   p.I = p.C * p.kernel, p.T = f.out[0] * f.out[1] * f.out[2];
   for (int d = 0; d < 3; ++d) p.extent[d] = (f.out[d] - 1) * f.stride[d] + (f.kernel[d] - 1) * f.dilation[d] + 1;
-  p.plane = round_up(p.extent[0] * p.extent[1] * p.extent[2], 16) | 16;  // no power of two: planes would share cache sets
+  const bool accumulator = f.dtype == DType::f32 || f.dtype == DType::f64;
+  p.in_place = !copy && accumulator && f.pad[0] == 0 && f.pad[1] == 0 && f.pad[2] == 0;
+  for (int d = 0; d < 3; ++d) p.in_place = p.in_place && p.extent[d] <= f.size[d];
+  // No power of two: planes would share cache sets.
+  p.plane = p.in_place ? f.act_stride[1] : round_up(p.extent[0] * p.extent[1] * p.extent[2], 16) | 16;
+  const int64_t along[3] = {p.in_place ? f.act_stride[2] : p.extent[1] * p.extent[2],
+                            p.in_place ? f.act_stride[3] : p.extent[2], p.in_place ? f.act_stride[4] : 1};
+  p.step = f.stride[2] * along[2];
   p.outer = f.out[0] * f.out[1], p.inner = f.out[2];
   constexpr int64_t BLOCK = 16384 / int64_t(TILE_WIDTH<T> * sizeof(T));  // positions whose lanes take half of L1
   p.block = max_of(1, min_of(p.outer, BLOCK / p.inner));
@@ -35,20 +46,24 @@ template <typename T> void plan_direct(const ConvFactors& f, DirectPlan& p) {
   p.position = p.tables.take<int64_t>(p.T);
   p.column_offset = p.tables.take<int64_t>(p.I);
   for (int64_t i = 0; i < p.outer; ++i)
-    p.row_offset[i] = ((i / f.out[1]) * f.stride[0] * p.extent[1] + (i % f.out[1]) * f.stride[1]) * p.extent[2];
-  for (int64_t t = 0; t < p.T; ++t) p.position[t] = p.row_offset[t / p.inner] + t % p.inner * f.stride[2];
+    p.row_offset[i] = i / f.out[1] * f.stride[0] * along[0] + i % f.out[1] * f.stride[1] * along[1];
+  for (int64_t t = 0; t < p.T; ++t) p.position[t] = p.row_offset[t / p.inner] + t % p.inner * p.step;
   for (int64_t i = 0; i < p.I; ++i) {
     int64_t e = i % p.kernel, k2 = e % f.kernel[2], k1 = e / f.kernel[2] % f.kernel[1], k0 = e / f.kernel[2] / f.kernel[1];
-    p.column_offset[i] = i / p.kernel * p.plane + (k0 * f.dilation[0] * p.extent[1] + k1 * f.dilation[1]) * p.extent[2] +
-                         k2 * f.dilation[2];
+    p.column_offset[i] = i / p.kernel * p.plane + k0 * f.dilation[0] * along[0] + k1 * f.dilation[1] * along[1] +
+                         k2 * f.dilation[2] * along[2];
   }
 }
 
-// Channels c0 … c0 + C of example b, zero-padded: [C, plane].
-template <typename in_t> void pack_planes(const ConvFactors& f, const DirectPlan& p, int64_t b, int64_t c0, int64_t C,
-                                          acc_t<in_t>* __restrict planes) {
+// Numbers that C packed planes take.
+inline int64_t planes_size(const DirectPlan& p, int64_t C) { return p.in_place ? 0 : C * p.plane; }
+
+// Channels c0 … c0 + C of example b, zero-padded: [C, plane], in `planes` or, where the plan says so, in the image.
+template <typename in_t> const acc_t<in_t>* pack_planes(const ConvFactors& f, const DirectPlan& p, int64_t b, int64_t c0,
+                                                        int64_t C, acc_t<in_t>* __restrict planes) {
   using acc = acc_t<in_t>;
   const in_t* image = static_cast<const in_t*>(f.act) + b * f.act_stride[0];
+  if (p.in_place) return as_accumulator(image + c0 * f.act_stride[1]);
   int64_t step = f.act_stride[4], first = min_of(f.pad[2], p.extent[2]);
   int64_t last = max_of(first, min_of(p.extent[2], f.size[2] + f.pad[2]));  // columns [first, last) are inside the image
   for (int64_t c = 0; c < C; ++c) {
@@ -70,6 +85,7 @@ template <typename in_t> void pack_planes(const ConvFactors& f, const DirectPlan
         for (int64_t x = last; x < p.extent[2]; ++x) to[x] = acc(0);
       }
   }
+  return planes;
 }
 
 // Output channels o0 … o0 + n of example b's grad as lanes: [T, TILE_WIDTH], spare lanes zero.
@@ -78,19 +94,18 @@ template <typename in_t> void pack_lanes(const ConvFactors& f, int64_t b, int64_
   using acc = acc_t<in_t>;
   constexpr int64_t N = TILE_WIDTH<acc>;
   const in_t* grad = static_cast<const in_t*>(f.grad) + b * f.grad_stride[0] + o0 * f.grad_stride[1];
-  int64_t step_o = f.grad_stride[1], step = f.grad_stride[4];
+  const int64_t step_o = f.grad_stride[1], step = f.grad_stride[4];
+  int64_t rows = f.out[1], run = f.out[2];  // positions that follow one another in memory
+  if (step == 1 && f.grad_stride[3] == run) run *= rows, rows = 1;
   for (int64_t z = 0; z < f.out[0]; ++z)
-    for (int64_t y = 0; y < f.out[1]; ++y, lanes += f.out[2] * N) {
-      const in_t* row = grad + z * f.grad_stride[2] + y * f.grad_stride[3];
-      if (step_o == 1 && n == N) {
-        for (int64_t x = 0; x < f.out[2]; ++x)
-          for (int64_t o = 0; o < N; ++o) lanes[x * N + o] = load(row[x * step + o]);
+    for (int64_t y = 0; y < rows; ++y, lanes += run * N) {
+      const in_t* from = grad + z * f.grad_stride[2] + y * f.grad_stride[3];
+      if (step == 1) {
+        pack_rows(lanes, N, from, step_o, run, n);
         continue;
       }
-      for (int64_t o = 0; o < n; ++o)
-        for (int64_t x = 0; x < f.out[2]; ++x) lanes[x * N + o] = load(row[o * step_o + x * step]);
-      for (int64_t o = n; o < N; ++o)
-        for (int64_t x = 0; x < f.out[2]; ++x) lanes[x * N + o] = acc(0);
+      for (int64_t x = 0; x < run; ++x)
+        for (int64_t o = 0; o < N; ++o) lanes[x * N + o] = o < n ? load(from[o * step_o + x * step]) : acc(0);
     }
 }
 
@@ -112,15 +127,15 @@ template <typename T> void sum_lanes_over_positions(const T* lanes, int64_t posi
 
 // The lanes' part of G_b, one block of lanes against the packed planes: panel [columns (+ 1 for the bias), TILE_WIDTH].
 // Up to TILE_ROWS more rows of panel are overwritten.
-template <typename T> void direct_panel(const ConvFactors& f, const DirectPlan& p, const T* planes, const T* lanes,
-                                        int64_t columns, bool bias, T* panel) {
+template <typename T> void direct_panel(const DirectPlan& p, const T* planes, const T* lanes, int64_t columns,
+                                        bool bias, T* panel) {
   constexpr int64_t N = TILE_WIDTH<T>;
   for (int64_t begin = 0; begin < p.outer; begin += p.block)
     for (int64_t i = 0; i < columns; i += TILE_ROWS) {
       const T* a[TILE_ROWS];
       column_pointers(p, planes, i, columns, a);
       multiply<T>(panel + i * N, N, begin > 0, a, p.row_offset + begin, min_of(p.block, p.outer - begin), p.inner,
-                  f.stride[2], lanes + begin * p.inner * N);
+                  p.step, lanes + begin * p.inner * N);
     }
   if (bias) sum_lanes_over_positions(lanes, p.T, panel + columns * N);
 }

@@ -22,19 +22,18 @@ template <typename in_t> void dot_by_filters(const ConvFactors& f, const Centers
   constexpr int64_t N = TILE_WIDTH<acc>;
   const int64_t K = centers.K, rank = centers.rank, n = K * rank;
   DirectPlan plan;
-  plan_direct<acc>(f, plan);
+  plan_direct<acc>(f, plan, true);
   Examples<acc> examples;
   examples.plan(f, plan);
   const acc *grad_of = static_cast<const acc*>(centers.grad), *act_of = static_cast<const acc*>(centers.act);
   const int64_t wide = plan.I + f.bias, T = plan.T, most = examples.most;
   const int64_t act_size = bank_size<acc>(n, plan.C, plan.kernel, f.bias);
   acc* memory = shared_scratch.get<acc>(act_size + bank_size<acc>(n, f.O, 1, false));
-  const Bank<acc> filters = pack_bank(memory, n, plan.C, plan.kernel, f.bias, [&](int64_t i, int64_t j) {
-    return act_of[(j % K * rank + j / K) * wide + i];
-  });
-  const Bank<acc> mixers = pack_bank(memory + act_size, n, f.O, 1, false, [&](int64_t o, int64_t j) {
-    return grad_of[(j % K * rank + j / K) * f.O + o];
-  });
+  auto row = [&](int64_t j) { return j % K * rank + j / K; };
+  const Bank<acc> filters = pack_bank(memory, n, plan.C, plan.kernel, f.bias, 1, threads,
+                                      [&](int64_t j) { return act_of + row(j) * wide; });
+  const Bank<acc> mixers = pack_bank(memory + act_size, n, f.O, 1, false, 1, threads,
+                                     [&](int64_t j) { return grad_of + row(j) * f.O; });
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
   for (int64_t part = 0; part < ceil_div(f.B, most); ++part) {
     const int64_t b0 = part * most, count = min_of(most, f.B - b0), room = (most * T + TILE_ROWS) * N;

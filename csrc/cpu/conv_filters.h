@@ -27,22 +27,26 @@ template <typename T> int64_t bank_size(int64_t n, int64_t C, int64_t kernel, bo
   return round_up(n, TILE_WIDTH<T>) * (C * kernel + constant);
 }
 
-// value(i, j): feature i of column j, i = c·kernel + e; feature C·kernel is the constant one's.
-template <typename T, typename Value>
-Bank<T> pack_bank(T* memory, int64_t n, int64_t C, int64_t kernel, bool constant, Value&& value) {
+// Feature i of column j is column(j)[i * step], i = c·kernel + e; feature C·kernel is the constant one's.
+template <typename T, typename Column>
+Bank<T> pack_bank(T* memory, int64_t n, int64_t C, int64_t kernel, bool constant, int64_t step, int threads,
+                  Column&& column) {
   constexpr int64_t N = TILE_WIDTH<T>;
   Bank<T> bank{n, C, kernel, max_of(1, FILTER_STEPS / kernel), memory, nullptr};
-  T* to = memory;
-  auto put = [&](int64_t i, int64_t j0) {
-    for (int64_t j = j0; j < j0 + N; ++j) *to++ = j < n ? value(i, j) : T(0);
-  };
-  for (int64_t j0 = 0; j0 < n; j0 += N)
+  if (constant) bank.constant = memory + bank.panels() * bank.panel_size();
+#pragma omp parallel for schedule(static) num_threads(threads)
+  for (int64_t panel = 0; panel < bank.panels(); ++panel) {
+    const int64_t valid = min_of(N, n - panel * N);
+    const T* from[N];
+    for (int64_t j = 0; j < N; ++j) from[j] = column(panel * N + min_of(j, valid - 1));
+    auto put = [&](T* to, int64_t i) {
+      for (int64_t j = 0; j < N; ++j) to[j] = j < valid ? from[j][i * step] : T(0);
+    };
+    T* to = memory + panel * bank.panel_size();
     for (int64_t c0 = 0; c0 < C; c0 += bank.block)
       for (int64_t e = 0; e < kernel; ++e)
-        for (int64_t c = c0; c < min_of(C, c0 + bank.block); ++c) put(c * kernel + e, j0);
-  if (constant) {
-    bank.constant = to;
-    for (int64_t j0 = 0; j0 < n; j0 += N) put(C * kernel, j0);
+        for (int64_t c = c0; c < min_of(C, c0 + bank.block); ++c, to += N) put(to, c * kernel + e);
+    if (constant) put(bank.constant + panel * N, C * kernel);
   }
   return bank;
 }

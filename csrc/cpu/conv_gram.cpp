@@ -1,10 +1,11 @@
 // ⟨G_b, G_c⟩ of a convolution on the CPU.
 //
 // v1  Through G: a unit of every example's G_b is made by the direct kernel and stored, about 8 MB in all, and its
-//     products are added to the lower triangle while it is in the last cache: 2·B·T·I·O + B²·I·O FLOP
-//     (bench/kernels/bench_conv_gram.py).
+//     products are added to the lower triangle while it is in the last cache: 2·B·T·I·O + B²·I·O FLOP.
+// v2  Few positions: from products of positions, conv_gram_positions.h (bench/kernels/bench_conv_gram.py).
 #include "conv_gram.h"
 
+#include "conv_gram_positions.h"
 #include "conv_products.h"
 
 namespace gradclust::GRADCLUST_ISA {
@@ -14,7 +15,8 @@ thread_local Scratch scratch;
 
 constexpr int64_t STORED_BYTES = 8 << 20;
 
-template <typename in_t> void conv_gram_kernel(const ConvFactors& f, GradientRoute route, acc_t<in_t>* out, int threads) {
+template <typename in_t>
+void gram_by_gradient(const ConvFactors& f, GradientRoute route, acc_t<in_t>* out, int threads) {
   using acc = acc_t<in_t>;
   const int64_t B = f.B;
   Units<acc> units;
@@ -36,16 +38,22 @@ template <typename in_t> void conv_gram_kernel(const ConvFactors& f, GradientRou
     }
 #pragma omp for schedule(static)
     for (int64_t b = 0; b < B; ++b)
-      for (int64_t c = 0; c < B; ++c) out[b * B + c] = products.at(max_of(b, c), min_of(b, c));
+      for (int64_t c = 0; c <= b; ++c) out[b * B + c] = products.at(b, c);
   }
 }
 
 }  // namespace
 
-void conv_gram_cpu(const ConvFactors& f, GradientRoute route, void* out, int threads) {
+void conv_gram_cpu(const ConvFactors& f, bool positions, GradientRoute route, void* out, int threads) {
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
-    conv_gram_kernel<in_t>(f, route, static_cast<acc_t<in_t>*>(out), threads);
+    acc_t<in_t>* gram = static_cast<acc_t<in_t>*>(out);
+    if (positions)
+      gram_by_positions<in_t>(f, gram, threads);
+    else
+      gram_by_gradient<in_t>(f, route, gram, threads);
+    for (int64_t b = 0; b < f.B; ++b)
+      for (int64_t c = b + 1; c < f.B; ++c) gram[b * f.B + c] = gram[c * f.B + b];
   });
 }
 

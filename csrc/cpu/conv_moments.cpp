@@ -16,17 +16,15 @@ thread_local Scratch shared_scratch, sums_scratch;
 
 constexpr int64_t UNIT_ENTRIES = 36864;      // 64 → 64 channels, 3 × 3: both sums are 288 KB
 constexpr int64_t TASKS = 16, LEAST_EXAMPLES = 8;
-constexpr int64_t PACKED_BYTES = 128 << 10;  // of several examples
+constexpr int64_t PACKED_BYTES = 128 << 10, MOST_EXAMPLES = 64;  // packed together
 
-// first[0 … TILE_WIDTH) += G, second … += G∘G
+// first[0 … LANES) += G, second … += G∘G
+template <typename T> GRADCLUST_INLINE void add_vector(vec_t<T> G, T* first, T* second) {
+  store_vec(first, load_vec(first) + G);
+  store_vec(second, load_vec(second) + G * G);
+}
 template <typename T> GRADCLUST_INLINE void add_row(const T* G, T* first, T* second) {
-  constexpr int L = LANES<T>;
-#pragma GCC unroll 4
-  for (int v = 0; v < TILE_VECTORS; ++v) {
-    vec_t<T> x = load_vec(G + v * L);
-    store_vec(first + v * L, load_vec(first + v * L) + x);
-    store_vec(second + v * L, load_vec(second + v * L) + x * x);
-  }
+  for (int v = 0; v < TILE_WIDTH<T>; v += LANES<T>) add_vector<T>(load_vec(G + v), first + v, second + v);
 }
 
 // Examples b0 … b1 into a unit's sums, both zero at first.
@@ -35,19 +33,21 @@ void direct_moments(const ConvFactors& f, const DirectPlan& p, const Unit& u, in
                     acc_t<in_t>* second) {
   using acc = acc_t<in_t>;
   constexpr int64_t N = TILE_WIDTH<acc>;
-  const int64_t columns = u.C * p.kernel, image = u.C * p.plane, lanes_size = p.T * N;
+  const int64_t columns = u.C * p.kernel, image = planes_size(p, u.C), lanes_size = p.T * N;
   const int64_t example = image + round_up(u.rows, N) * p.T;
   const bool several = p.blocks() > 1;  // blocks of positions: tiles of one example wait until its last block
-  const int64_t most = several ? 1 : max_of(1, min_of(b1 - b0, PACKED_BYTES / int64_t(sizeof(acc)) / example));
+  const int64_t fitting = min_of(MOST_EXAMPLES, PACKED_BYTES / int64_t(sizeof(acc)) / example);
+  const int64_t most = several ? 1 : max_of(1, min_of(b1 - b0, fitting));
   const int64_t tiles = (several ? round_up(columns, TILE_ROWS) : TILE_ROWS) * N;
   Workspace& work = thread_workspace();
   work.reserve(Workspace::bytes<acc>(most * example) + Workspace::bytes<acc>(tiles));
   acc* packed = work.take<acc>(most * example);
+  const acc* image_of[MOST_EXAMPLES];
   acc* panel = work.take<acc>(tiles);
   for (int64_t b = b0; b < b1; b += most) {
     const int64_t count = min_of(most, b1 - b);
     for (int64_t e = 0; e < count; ++e) {
-      pack_planes<in_t>(f, p, b + e, u.row0 / p.O * p.C + u.c0, u.C, packed + e * example);
+      image_of[e] = pack_planes<in_t>(f, p, b + e, u.row0 / p.O * p.C + u.c0, u.C, packed + e * example);
       for (int64_t o = 0; o < u.rows; o += N)
         pack_lanes<in_t>(f, b + e, u.row0 + o, min_of(N, u.rows - o), packed + e * example + image + o / N * lanes_size);
     }
@@ -56,14 +56,23 @@ void direct_moments(const ConvFactors& f, const DirectPlan& p, const Unit& u, in
       for (int64_t begin = 0; begin < p.outer; begin += p.block)
         for (int64_t i = 0; i < columns; i += TILE_ROWS)
           for (int64_t e = 0; e < count; ++e) {
-            const acc *planes = packed + e * example, *lanes = planes + image + o / N * lanes_size, *a[TILE_ROWS];
-            column_pointers(p, planes, i, columns, a);
-            acc* tile = several ? panel + i * N : panel;
-            multiply<acc>(tile, N, begin > 0, a, p.row_offset + begin, min_of(p.block, p.outer - begin), p.inner,
-                          f.stride[2], lanes + begin * p.inner * N);
-            if (begin + p.block < p.outer) continue;
-            for (int64_t r = 0; r < min_of(TILE_ROWS, columns - i); ++r)
-              add_row(tile + r * N, to + (i + r) * N, squares + (i + r) * N);
+            const acc *lanes = packed + e * example + image + o / N * lanes_size, *a[TILE_ROWS];
+            column_pointers(p, image_of[e], i, columns, a);
+            acc *tile = several ? panel + i * N : panel, *sum = to + i * N, *square = squares + i * N;
+            const acc* b_lanes = lanes + begin * p.inner * N;
+            const int64_t rows = min_of(p.block, p.outer - begin);
+            const bool last = begin + rows == p.outer, whole = i + TILE_ROWS <= columns;
+            if (last && whole) {
+              multiply_and<acc>(tile, N, begin > 0, a, p.row_offset + begin, rows, p.inner, p.step, b_lanes,
+                                [&](int r, int v, vec_t<acc> G) __attribute__((always_inline)) {
+                                  int64_t at = r * N + v * LANES<acc>;
+                                  add_vector<acc>(G, sum + at, square + at);
+                                });
+              continue;
+            }
+            multiply<acc>(tile, N, begin > 0, a, p.row_offset + begin, rows, p.inner, p.step, b_lanes);
+            if (last)
+              for (int64_t r = 0; r < columns - i; ++r) add_row(tile + r * N, sum + r * N, square + r * N);
           }
       if (u.bias)
         for (int64_t e = 0; e < count; ++e) {

@@ -45,9 +45,9 @@ template <typename in_t> struct Sketch {
   const acc* right_matrix() const { return static_cast<const acc*>(sides.right); }
   int64_t most_rows() const { return round_up(max_of(sides.Q, wide), TILE_ROWS); }
 
-  Sketch(const ConvFactors& f, const Sides& sides, SketchRoute route, void* out)
+  Sketch(const ConvFactors& f, const Sides& sides, SketchRoute route, void* out, int threads)
       : f(f), sides(sides), route(route), out(static_cast<acc*>(out)) {
-    plan_direct<acc>(f, plan);
+    plan_direct<acc>(f, plan, route == SketchRoute::filters);
     if (route == SketchRoute::correlate) plan_correlate<acc>(f, correlate);
     examples.plan(f, plan);
     wide = plan.I + f.bias;
@@ -56,10 +56,9 @@ template <typename in_t> struct Sketch {
     int64_t left_size = L ? bank_size<acc>(P, f.O, 1, false) : 0;
     int64_t right_size = route == SketchRoute::filters ? bank_size<acc>(Q, plan.C, plan.kernel, f.bias) : 0;
     acc* memory = bank_scratch.get<acc>(left_size + right_size);
-    if (L) left = pack_bank(memory, P, f.O, 1, false, [&](int64_t o, int64_t p) { return L[o * P + p]; });
+    if (L) left = pack_bank(memory, P, f.O, 1, false, P, threads, [&](int64_t p) { return L + p; });
     if (right_size)
-      right = pack_bank(memory + left_size, Q, plan.C, plan.kernel, f.bias,
-                        [&](int64_t i, int64_t q) { return R[i * Q + q]; });
+      right = pack_bank(memory + left_size, Q, plan.C, plan.kernel, f.bias, Q, threads, [&](int64_t q) { return R + q; });
   }
 
   // out[b][row0 + r][q] (+)= block[q][r] for r < rows
@@ -128,9 +127,9 @@ template <typename in_t> struct Sketch {
     const bool first_left = route == SketchRoute::mixed, mix = sides.left && !first_left;
     const int64_t T = plan.T, rows = (most_rows() + TILE_ROWS) * N;
     const bool direct = route != SketchRoute::correlate;
-    acc* planes = example_scratch.get<acc>((direct ? examples.image_size + examples.grad_size : 0) +
-                                           (T + TILE_ROWS) * N + 3 * rows);
-    acc *grads = planes + (direct ? examples.image_size : 0), *lanes = grads + (direct ? examples.grad_size : 0);
+    const int64_t image_size = direct ? planes_size(plan, plan.C) : 0, grad_size = first_left ? examples.grad_size : 0;
+    acc* packed = example_scratch.get<acc>(image_size + grad_size + (T + TILE_ROWS) * N + 3 * rows);
+    acc *grads = packed + image_size, *lanes = grads + grad_size;
     acc *panel = lanes + (T + TILE_ROWS) * N, *block = panel + rows, *mixed = block + rows;
     if (!direct) {
       for (int64_t o = 0; o < f.O; o += N) {
@@ -144,14 +143,14 @@ template <typename in_t> struct Sketch {
       return;
     }
     for (int64_t g = 0; g < f.groups; ++g) {
-      pack_planes<in_t>(f, plan, b, g * plan.C, plan.C, planes);
+      const acc* planes = pack_planes<in_t>(f, plan, b, g * plan.C, plan.C, packed);
       if (first_left) {
         View grad = examples.grad;
         grad.count = T;
         pack_grad<in_t>(f, b, g * plan.O, plan.O, examples.grad_pitch, grads);
         for (int64_t j = 0; j < left.panels(); ++j) {
           project_panel(grads, grad, left, j, g * plan.O, plan.O, lanes);
-          direct_panel(f, plan, planes, lanes, plan.I, f.bias, panel);
+          direct_panel(plan, planes, lanes, plan.I, f.bias, panel);
           finish(panel, b, j * N, min_of(N, sides.P - j * N), false, g > 0, block, mixed);
         }
         continue;
@@ -159,7 +158,7 @@ template <typename in_t> struct Sketch {
       for (int64_t o = 0; o < plan.O; o += N) {
         int64_t n = min_of(N, plan.O - o), row = g * plan.O + o;
         pack_lanes<in_t>(f, b, row, n, lanes);
-        direct_panel(f, plan, planes, lanes, plan.I, f.bias, panel);
+        direct_panel(plan, planes, lanes, plan.I, f.bias, panel);
         finish(panel, b, row, n, mix, mix && row > 0, block, mixed);
       }
     }
@@ -171,7 +170,7 @@ template <typename in_t> struct Sketch {
 void conv_sketch_cpu(const ConvFactors& f, const Sides& sides, SketchRoute route, void* out, int threads) {
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
-    const Sketch<in_t> sketch(f, sides, route, out);
+    const Sketch<in_t> sketch(f, sides, route, out, threads);
     if (route == SketchRoute::filters) {
       const int64_t most = sketch.examples.most;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)

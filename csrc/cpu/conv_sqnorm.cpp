@@ -15,8 +15,9 @@ template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const D
   const bool several = p.blocks() > 1;  // with one block of positions, one tile is used again and again
   const int64_t tiles = several ? round_up(p.I, TILE_ROWS) : TILE_ROWS;
   Workspace& work = thread_workspace();
-  work.reserve(Workspace::bytes<acc>(p.C * p.plane) + Workspace::bytes<acc>(p.T * N) + Workspace::bytes<acc>(tiles * N));
-  acc* planes = work.take<acc>(p.C * p.plane);
+  const int64_t packed_size = planes_size(p, p.C);
+  work.reserve(Workspace::bytes<acc>(packed_size) + Workspace::bytes<acc>(p.T * N) + Workspace::bytes<acc>(tiles * N));
+  acc* packed = work.take<acc>(packed_size);
   acc* lanes = work.take<acc>(p.T * N);
   acc* panel = work.take<acc>(tiles * N);
   vec_t<acc> total[TILE_VECTORS] = {};
@@ -27,7 +28,7 @@ template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const D
     }
   };
   for (int64_t g = 0; g < f.groups; ++g) {
-    pack_planes<in_t>(f, p, b, g * p.C, p.C, planes);
+    const acc* planes = pack_planes<in_t>(f, p, b, g * p.C, p.C, packed);
     for (int64_t o = 0; o < p.O; o += N) {
       pack_lanes<in_t>(f, b, g * p.O + o, min_of(N, p.O - o), lanes);
       if (f.bias) {
@@ -40,7 +41,7 @@ template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const D
           column_pointers(p, planes, i, p.I, a);
           acc* tile = several ? panel + i * N : panel;
           multiply<acc>(tile, N, begin > 0, a, p.row_offset + begin, min_of(p.block, p.outer - begin), p.inner,
-                        f.stride[2], lanes + begin * p.inner * N);
+                        p.step, lanes + begin * p.inner * N);
           if (begin + p.block >= p.outer)
             for (int r = 0; r < min_of(TILE_ROWS, p.I - i); ++r) add_squares(tile + r * N);
         }

@@ -73,13 +73,13 @@ void unit_gradient(const ConvFactors& f, const Units<acc_t<in_t>>& units, const 
   }
   const DirectPlan& p = units.direct;
   Workspace& work = thread_workspace();
-  work.reserve(Workspace::bytes<acc>(u.C * p.plane) + Workspace::bytes<acc>(p.T * N));
-  acc* planes = work.take<acc>(u.C * p.plane);
+  work.reserve(Workspace::bytes<acc>(planes_size(p, u.C)) + Workspace::bytes<acc>(p.T * N));
+  acc* packed = work.take<acc>(planes_size(p, u.C));
   acc* lanes = work.take<acc>(p.T * N);
-  pack_planes<in_t>(f, p, b, u.row0 / p.O * p.C + u.c0, u.C, planes);
+  const acc* planes = pack_planes<in_t>(f, p, b, u.row0 / p.O * p.C + u.c0, u.C, packed);
   for (int64_t o = 0; o < u.rows; o += N) {
     pack_lanes<in_t>(f, b, u.row0 + o, min_of(N, u.rows - o), lanes);
-    direct_panel(f, p, planes, lanes, u.C * p.kernel, u.bias, out + o * columns);
+    direct_panel(p, planes, lanes, u.C * p.kernel, u.bias, out + o * columns);
   }
 }
 

@@ -20,6 +20,7 @@ ROUTE_TEXT = {
     "correlate": "one short correlation a pair of channels",
     "gram": "structured Gram of positions",
     "filters": "filters: right or the centres convolve the image",
+    "positions": "products of positions, pair by pair of examples",
     "mixed": "mixed: left mixes grad's channels first",
 }
 
@@ -106,6 +107,14 @@ def position_counts(layer: Layer) -> list[int]:
     """Image positions of each phase of the stride."""
     axes = zip(layer.size, layer.out, layer.kernel_size, layer.stride, layer.before, layer.dilation)
     return [math.prod(phase) for phase in product(*(list(phases(*axis)) for axis in axes))]
+
+
+def pointwise_loses(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str | None:
+    """Where torch's batched products win: one kernel element, and groups narrower than what is computed together."""
+    kernel_size, _, _, _, groups, _ = Geometry(*geometry)
+    if math.prod(kernel_size) == 1 and grad.shape[1] // groups < 16:
+        return "with one kernel element and fewer than 16 output channels a group torch's batched products are faster"
+    return None
 
 
 def cheapest(work: dict[str, float]) -> str:

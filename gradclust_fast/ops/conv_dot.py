@@ -10,7 +10,16 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv_centers, prepare, with_layer_arguments
-from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of
+from ._conv_routes import (
+    GRADIENT_ROUTES,
+    cheapest,
+    cpu_refuses,
+    describe,
+    gradient_costs,
+    lanes,
+    layer_of,
+    pointwise_loses,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -101,7 +110,13 @@ def _cpu_route(
     return describe(costs(act, grad, center_grad, center_act, *geometry))
 
 
-@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def _cpu_loses(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> str | None:
+    return pointwise_loses(act, grad, *geometry)
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, loses=_cpu_loses, route=_cpu_route)
 def conv_dot_cpu(
     act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
 ) -> torch.Tensor:

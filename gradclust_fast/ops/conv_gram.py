@@ -10,7 +10,17 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv, prepare, with_layer_arguments
-from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of
+from ._conv_routes import (
+    GRADIENT_ROUTES,
+    cheapest,
+    cpu_refuses,
+    describe,
+    gradient_costs,
+    lanes,
+    layer_of,
+    pointwise_loses,
+    position_counts,
+)
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -69,23 +79,45 @@ _op = Op(
 )
 
 
+ROUTES = ("positions", *GRADIENT_ROUTES)
+_MOST_POSITIONS = 128  # the square of it is stored for several pairs of examples a thread
+
+
+def costs(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> dict[str, float]:
+    """Work of each route for one example, its products with half of the others included."""
+    layer = layer_of(act, grad, geometry)
+    pairs = (act.shape[0] + 24) / 2  # a panel of examples is multiplied up to its end
+    entries = layer.groups * lanes(layer.O) * layer.columns
+    work = {route: cost + 2 * pairs * entries for route, cost in gradient_costs(layer).items()}
+    T, counts = layer.T, position_counts(layer)
+    if max(T, sum(counts)) <= _MOST_POSITIONS:
+        # A product of few channels still costs as much as one of 16.
+        products = 2 * sum(n * n for n in counts) * (layer.C + 16) + 2 * (T + 1) ** 2 * (layer.O + 16)
+        added = 4 * layer.columns / layer.C * T * T
+        work["positions"] = layer.groups * (
+            pairs * (1.1 * products + added) + 24 * (sum(counts) * layer.C + T * layer.O)
+        )
+    return work
+
+
 def _cpu_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
     if not act.numel() or not grad.numel():
         return "nothing to sum"
-    route = describe(gradient_costs(layer_of(act, grad, geometry)))
-    return f"through G_b, some channels of all examples at a time; {route}"
+    return describe(costs(act, grad, *geometry))
 
 
-@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+@_op.kernel("cpu", refuses=cpu_refuses, loses=pointwise_loses, route=_cpu_route)
 def conv_gram_cpu(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     if not act.numel() or not grad.numel():
         return _op.reference(act, grad, *geometry)
-    return by_route(cheapest(gradient_costs(layer_of(act, grad, geometry))), act, grad, *geometry)
+    return by_route(cheapest(costs(act, grad, *geometry)), act, grad, *geometry)
 
 
 def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     """The C++ kernel by a route of one's own choice; nothing may be empty."""
     out = _fake(act)
+    positions = route == "positions"
+    how = 0 if positions else GRADIENT_ROUTES.index(route)
     factors = _native.conv(act, grad, *geometry)
-    _native._C.conv_gram_cpu(factors, GRADIENT_ROUTES.index(route), out.data_ptr(), _native.num_threads())
+    _native._C.conv_gram_cpu(factors, positions, how, out.data_ptr(), _native.num_threads())
     return out

@@ -11,7 +11,7 @@ from .._dispatch import Op
 from . import _conv_cuda, _cuda
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv, features, prepare, with_layer_arguments
-from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of
+from ._conv_routes import GRADIENT_ROUTES, cheapest, cpu_refuses, describe, gradient_costs, layer_of, pointwise_loses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -78,7 +78,7 @@ def _cpu_route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
     return f"each tile of G_b added and squared in cache; {describe(gradient_costs(layer_of(act, grad, geometry)))}"
 
 
-@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+@_op.kernel("cpu", refuses=cpu_refuses, loses=pointwise_loses, route=_cpu_route)
 def conv_moments_cpu(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if not act.numel() or not grad.numel():
         return _op.reference(act, grad, *geometry)

@@ -10,7 +10,7 @@ from .. import _native, reference
 from .._dispatch import Op
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv_sides, features, prepare, with_layer_arguments
-from ._conv_routes import cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of
+from ._conv_routes import cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of, pointwise_loses
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -115,7 +115,13 @@ def _cpu_route(
     return describe(costs(act, grad, left, right, *geometry))
 
 
-@_op.kernel("cpu", refuses=cpu_refuses, route=_cpu_route)
+def _cpu_loses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> str | None:
+    return pointwise_loses(act, grad, *geometry) if left is None and right is None else None
+
+
+@_op.kernel("cpu", refuses=cpu_refuses, loses=_cpu_loses, route=_cpu_route)
 def conv_sketch_cpu(
     act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
 ) -> torch.Tensor:
