@@ -31,7 +31,7 @@ struct ConvFactors {
   int64_t act_stride[5], grad_stride[5];
 };
 
-// How entries of a convolution's G_b are made. The codes of gradclust_fast/ops/_conv.py:GRADIENT_ROUTES.
+// How entries of a convolution's G_b are made. The codes of gradclust_fast/ops/_conv_routes.py:GRADIENT_ROUTES.
 enum class GradientRoute : int { direct = 0, correlate = 1 };
 
 // How a CUDA kernel gets at a convolution's gradients. The codes of gradclust_fast/ops/_conv_cuda.py:ROUTES.
