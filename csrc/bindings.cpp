@@ -167,14 +167,9 @@ void bind_embedding(py::module_& m) {
   }, nogil());
 }
 
-// (input, grad, dtype, B, T, D, groups, input_stride_b, input_stride_t, grad_stride_b, grad_stride_t)
-using NormTuple = std::array<int64_t, 11>;
-
 void bind_norm(py::module_& m) {
   m.def("norm_grads_cpu", [](const NormTuple& t, double eps, bool rms, uintptr_t weight, uintptr_t bias, int threads) {
-    NormFactors f{pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
-                  t[9], t[10]};
-    PICK(norm_grads_cpu)(f, eps, rms, pointer(weight), pointer(bias), threads);
+    PICK(norm_grads_cpu)(norm(t), eps, rms, pointer(weight), pointer(bias), threads);
   }, nogil());
 }
 

@@ -9,6 +9,7 @@
 #include "conv_sqnorm.h"
 #include "embedding.h"
 #include "grad_sqnorm.h"
+#include "norm_grads.h"
 #include "random_signs.h"
 #include "tuples.h"
 
@@ -58,5 +59,10 @@ void bind_cuda(py::module_& m) {
                                 uintptr_t stream) {
     raise_if(conv_moments_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(first), pointer(second),
                                pointer(stream)));
+  }, nogil());
+  m.def("norm_grads_cuda", [](const NormTuple& f, double eps, bool rms, int slices, uintptr_t stats, uintptr_t partial,
+                              uintptr_t weight, uintptr_t bias, uintptr_t stream) {
+    raise_if(norm_grads_cuda(norm(f), eps, rms, slices, pointer(stats), pointer(partial), pointer(weight), pointer(bias),
+                             pointer(stream)));
   }, nogil());
 }

@@ -1,5 +1,5 @@
 // Per-example gradients of a normalisation layer's weight and bias: Σ_t grad∘x̂ and Σ_t grad. Launchers; the kernels are
-// in cpu/norm_grads.cpp. Results are float64 for float64 inputs, else float32.
+// in cpu/norm_grads.cpp and cuda/norm_grads.cu. Results are float64 for float64 inputs, else float32.
 #pragma once
 #include "launch.h"
 #include "types.h"
@@ -18,5 +18,10 @@ struct NormFactors {
 
 // weight, bias: [B, D], with groups [B, C]. With rms the mean is taken for 0.
 GRADCLUST_CPU_LAUNCHER(norm_grads_cpu, const NormFactors& f, double eps, bool rms, void* weight, void* bias, int threads)
+
+// Workspaces: stats [B · T, 2], with groups [B · groups, 2]; partial [slices, 2, B, D], unused with groups. Nothing may be
+// empty. Returns an error text, or nullptr.
+const char* norm_grads_cuda(const NormFactors& f, double eps, bool rms, int slices, void* stats, void* partial,
+                            void* weight, void* bias, void* stream);
 
 }  // namespace gradclust

@@ -1,10 +1,11 @@
-// Tuples of integers, as Python passes them, to the structs of types.h, cluster.h and embedding.h.
+// Tuples of integers, as Python passes them, to the structs of types.h and of the ops.
 #pragma once
 #include <array>
 #include <cstdint>
 
 #include "cluster.h"
 #include "embedding.h"
+#include "norm_grads.h"
 #include "types.h"
 
 namespace gradclust {
@@ -45,6 +46,14 @@ using EmbeddingTuple = std::array<int64_t, 12>;
 inline EmbeddingFactors embedding(const EmbeddingTuple& t) {
   return {pointer<int64_t>(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8],
           t[9], t[10], t[11]};
+}
+
+// (input, grad, dtype, B, T, D, groups, input_stride_b, input_stride_t, grad_stride_b, grad_stride_t)
+using NormTuple = std::array<int64_t, 11>;
+
+inline NormFactors norm(const NormTuple& t) {
+  return {pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8], t[9],
+          t[10]};
 }
 
 }  // namespace gradclust

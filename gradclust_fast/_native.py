@@ -157,7 +157,7 @@ def embedding(index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padd
 
 
 def norm(input: torch.Tensor, grad: torch.Tensor, groups: int) -> tuple[int, ...]:
-    """csrc/bindings.cpp:NormTuple of input and grad [B, T, D], or [B, C, S] with groups, both with last stride 1."""
+    """csrc/tuples.h:NormTuple of input and grad [B, T, D], or [B, C, S] with groups, both with last stride 1."""
     return (
         input.data_ptr(), grad.data_ptr(), DTYPES[input.dtype], *input.shape, groups,
         *input.stride()[:2], *grad.stride()[:2],

@@ -100,3 +100,15 @@ def test_embedding_rows_that_go_on_into_the_next_warp(emulator, dtype, T, V, ord
             eager = gf.ops.embedding_sqnorm(index, values, num_embeddings=V, padding_idx=V - 1)
         out = gf.ops.embedding_sqnorm(index, values, num_embeddings=V, padding_idx=V - 1)
         assert_close_to_oracle(out, oracle, eager, dtype)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("shape, groups", [((2, 37, 40), None), ((1, 100, 3), None), ((2, 24, 9, 8), 4)])
+def test_norm_grads_in_every_order_of_threads(emulator, dtype, shape, groups, order):
+    emulator.set_order(order)
+    input, grad = (3 * torch.randn(shape) + 1).to(dtype), torch.randn(shape).to(dtype)
+    with gf.backend("reference"):
+        oracle = gf.ops.norm_grads(input.double(), grad.double(), groups=groups)
+        eager = gf.ops.norm_grads(input, grad, groups=groups)
+    for found, exact, rough in zip(gf.ops.norm_grads(input, grad, groups=groups), oracle, eager):
+        assert_close_to_oracle(found, exact, rough, dtype)

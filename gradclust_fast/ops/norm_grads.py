@@ -8,6 +8,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import FLOATS, accumulator, as_rows, shape
 from ._triton import triton_loses, triton_refuses
 
@@ -145,4 +146,31 @@ def norm_grads_triton(
     if input.numel() == 0:
         return weight.zero_(), bias.zero_()
     fill(_as_rows(input, groups), _as_rows(grad, groups), groups, eps, rms, weight, bias)
+    return weight, bias
+
+
+def _cuda_refuses(input: torch.Tensor, *_: object) -> str | None:
+    if input.numel() >= 2**40:
+        return "the CUDA kernel takes fewer than 2⁴⁰ numbers"
+    return _cuda.refuses(input)
+
+
+@_op.kernel(
+    "cuda", refuses=_cuda_refuses, route=lambda *_: "means and deviations first, then sums in registers, in order"
+)
+def norm_grads_cuda(
+    input: torch.Tensor, grad: torch.Tensor, groups: int, eps: float, rms: bool
+) -> tuple[torch.Tensor, torch.Tensor]:
+    weight, bias = _fake(input, grad, groups, eps, rms)
+    if input.numel() == 0:
+        return weight.zero_(), bias.zero_()
+    input, grad = _as_rows(input, groups), _as_rows(grad, groups)
+    B, T, D = input.shape
+    slices = 1 if groups else max(1, min(T // 8, 528 // B))  # parts of an example, so that few examples fill the device
+    stats = weight.new_empty(B * (groups or T), 2)
+    partial = weight.new_empty(0 if groups else slices, 2, B, D)
+    _cuda.launch(
+        "norm_grads_cuda", input.device, _native.norm(input, grad, groups), eps, rms, slices, stats.data_ptr(),
+        partial.data_ptr(), weight.data_ptr(), bias.data_ptr(),
+    )  # fmt: skip
     return weight, bias
