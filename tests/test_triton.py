@@ -173,5 +173,26 @@ def test_a_recording_makes_no_launch_and_an_empty_grid_none_either():
     _support.launch("kernel", (0,), device=CPU)
 
 
+@interpreted
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("exponent", [15, -15, 30, -30])
+def test_one_position_survives_magnitudes_in_opposite_directions(dtype, exponent):
+    act, grad = torch.randn(4, 70, dtype=torch.float64), torch.randn(4, 90, dtype=torch.float64)
+    act[:2] *= 10.0**exponent
+    grad[:2] *= 10.0**-exponent
+    act[0, :64] *= 1e-6  # the largest comes in a later block
+    grad[3] = 0
+    act, grad = act.to(dtype), grad.to(dtype)
+    want = act.double().square().sum(1) * grad.double().square().sum(1)
+    bias = want + grad.double().square().sum(1)
+    with gf.backend("triton"):
+        for found in (gf.ops.grad_sqnorm(act, grad), gf.ops.grad_quantities(act, grad, sqnorm=True).sqnorm):
+            torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+        if exponent > 0:  # else the bias's gradient itself is out of range
+            torch.testing.assert_close(gf.ops.grad_sqnorm(act, grad, bias=True).double(), bias, rtol=1e-5, atol=0)
+        huge = torch.full((1, 3), 1e30)
+        assert gf.ops.grad_sqnorm(huge, huge).isinf().all()
+
+
 def test_strides_are_passed_in_units_that_tell_their_alignment():
     assert _support.unit(64, 4096) == 16 and _support.unit(64, 33) == 1 and _support.unit(0, 16) == 16

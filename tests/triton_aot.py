@@ -33,6 +33,25 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
     "grad_sqnorm, short": lambda: [
         gf.ops.grad_sqnorm(*factors(B, T, 1024, 2048)) for B, T in ((1, 9), (400, 32), (7, 16))
     ],
+    "grad_dot, long": lambda: [
+        gf.ops.grad_dot(*factors(B, T), torch.empty(K, 64, **HALF), torch.empty(K, 96, **HALF))
+        for B, T, K in ((132, 129, 65), (400, 512, 1000), (133, 200, 100))
+    ],
+    "grad_dot, short": lambda: [
+        gf.ops.grad_dot(*factors(B, T), torch.empty(K, 64, **HALF), torch.empty(K, 96, **HALF))
+        for B, T, K in ((3000, 9, 3), (5000, 32, 16), (9999, 7, 5))
+    ],
+    "grad_sketch, one position": lambda: [
+        gf.ops.grad_sketch(
+            torch.empty(B, 96, **HALF),
+            torch.empty(B, 64, **HALF),
+            torch.empty(64, P, **HALF),
+            torch.empty(96, Q, **HALF),
+        )
+        for B, P, Q in ((20000, 16, 16), (16897, 16, 16), (30001, 16, 16))
+    ],
+    "grad_moments, long": lambda: [gf.ops.grad_moments(*factors(B, T)) for B, T in ((1, 17), (400, 512), (33, 200))],
+    "grad_gram, long": lambda: [gf.ops.grad_gram(*factors(B, T)) for B, T in ((132, 129), (140, 512), (150, 200))],
     "grad_sqnorm, direct": lambda: [gf.ops.grad_sqnorm(*factors(B, T)) for B, T in ((132, 200), (999, 256))],
     "assign": lambda: [
         gf.ops.assign(points(B, K), points(K, 1)[:, 0], points(B, 1)[:, 0]) for B, K in ((1, 512), (7, 1024), (9, 2000))

@@ -43,3 +43,29 @@ def product(a, b, acc, PRECISION: tl.constexpr):
             if PRECISION == "ieee":
                 acc = tl.dot((rest - middle.to(tl.float32)).to(tl.bfloat16), b, acc)
     return acc
+
+
+@triton.jit
+def add_squares(x, squares, exponent):
+    """Adds the squares of x [rows, columns] to squares [rows], which stand for squares · 4^(exponent − 127).
+
+    ``exponent`` [rows] (int32, 1 at first) follows the largest magnitude, so no square leaves float32's range although
+    the numbers themselves are in it. Powers of two: nothing is rounded by it. See ``product_of_squares``.
+    """
+    largest = tl.max(tl.abs(x), 1).to(tl.int32, bitcast=True) >> 23
+    new = tl.maximum(exponent, tl.minimum(tl.maximum(largest & 255, 1), 253))
+    shrink = (tl.maximum(127 + exponent - new, 0) << 23).to(tl.float32, bitcast=True)
+    scaled = x * ((254 - new) << 23).to(tl.float32, bitcast=True)[:, None]
+    return squares * shrink * shrink + tl.sum(scaled * scaled, 1), new
+
+
+@triton.jit
+def product_of_squares(act, act_exponent, grad, grad_exponent, BIAS: tl.constexpr):
+    """‖a‖²‖d‖² (+ ‖d‖² with a bias) from two sums of ``add_squares``; the scales meet first."""
+    act_scale = (act_exponent << 23).to(tl.float32, bitcast=True)
+    grad_scale = (grad_exponent << 23).to(tl.float32, bitcast=True)
+    both = act_scale * grad_scale
+    out = act * grad * both * both
+    if BIAS:
+        out += grad * grad_scale * grad_scale
+    return out

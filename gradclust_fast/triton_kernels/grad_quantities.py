@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 
 from . import _support
-from ._device import product
+from ._device import add_squares, product, product_of_squares
 from ._support import Target, blocks, launch, power_of_two, unit
 from .grad_sqnorm import grad_sqnorm
 
@@ -32,7 +32,7 @@ _ONE, _PACKED, _LONG = tl.constexpr(ONE), tl.constexpr(PACKED), tl.constexpr(LON
 @triton.jit
 def _meet(
     x_ptr, offset, live, F, centers, stride_center: tl.int64, column, columns, dots, side_ptr, stride_side: tl.int64,
-    side, width, projected, squares, DOT: tl.constexpr, PROJECT: tl.constexpr, SQNORM: tl.constexpr,
+    side, width, projected, squares, exponent, DOT: tl.constexpr, PROJECT: tl.constexpr, SQNORM: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """One read of rows of X: dots += X centresᵀ, projected += X side, squares += X∘X, whichever are asked for."""
@@ -49,9 +49,8 @@ def _meet(
             w = tl.load(side_ptr + at.to(tl.int64)[:, None] * stride_side + side[None, :], mask=here, other=0.0)
             projected = product(x, w, projected, PRECISION)
         if SQNORM:
-            wide = x.to(tl.float32)
-            squares += tl.sum(wide * wide, 1)
-    return dots, projected, squares
+            squares, exponent = add_squares(x.to(tl.float32), squares, exponent)
+    return dots, projected, squares, exponent
 
 
 @triton.jit(
@@ -106,11 +105,12 @@ def grad_quantities_kernel(
         grad_dots = tl.zeros((ROWS, COLUMNS), tl.float32)
         act_side = tl.zeros((ROWS, RIGHT), tl.float32)
         grad_side = tl.zeros((ROWS, LEFT), tl.float32)
-        act_squares = tl.zeros((ROWS,), tl.float32)
-        grad_squares = tl.zeros((ROWS,), tl.float32)
-        act_dots, act_side, act_squares = _meet(
+        act_squares, act_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
+        grad_squares, grad_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
+        act_dots, act_side, act_squares, act_exponent = _meet(
             act_ptr, act_row, live, I, center_act_ptr, stride_center_act * UNIT_CENTER, column, K, act_dots, right_ptr,
-            stride_right * UNIT_SIDE, q, Q, act_side, act_squares, DOT, SKETCH and HAS_RIGHT, SQNORM, PRECISION, BLOCK,
+            stride_right * UNIT_SIDE, q, Q, act_side, act_squares, act_exponent, DOT, SKETCH and HAS_RIGHT, SQNORM,
+            PRECISION, BLOCK,
         )  # fmt: skip
         if BIAS:  # the last feature is the constant 1
             if DOT:
@@ -119,11 +119,10 @@ def grad_quantities_kernel(
             if SKETCH and HAS_RIGHT:
                 last_side = I * (stride_right * UNIT_SIDE) + q
                 act_side += tl.load(right_ptr + last_side, mask=q < Q, other=0.0).to(tl.float32)[None, :]
-            act_squares += 1.0
-        grad_dots, grad_side, grad_squares = _meet(
+        grad_dots, grad_side, grad_squares, grad_exponent = _meet(
             grad_ptr, grad_row, live, O, center_grad_ptr, stride_center_grad * UNIT_CENTER, column, K, grad_dots,
-            left_ptr, stride_left * UNIT_SIDE, p, P, grad_side, grad_squares, DOT, SKETCH and HAS_LEFT, SQNORM,
-            PRECISION, BLOCK,
+            left_ptr, stride_left * UNIT_SIDE, p, P, grad_side, grad_squares, grad_exponent, DOT, SKETCH and HAS_LEFT,
+            SQNORM, PRECISION, BLOCK,
         )  # fmt: skip
         if SKETCH and not HAS_RIGHT:  # the identity: the rows themselves, with the constant 1 as column I
             own_act = act_row[:, None] + q[None, :]
@@ -136,7 +135,8 @@ def grad_quantities_kernel(
 
         both = act_dots * grad_dots
         if SQNORM:
-            tl.store(sqnorm_ptr + example, act_squares * grad_squares, mask=live)
+            sqnorm = product_of_squares(act_squares, act_exponent, grad_squares, grad_exponent, BIAS)
+            tl.store(sqnorm_ptr + example, sqnorm, mask=live)
         if LAYOUT == _LONG:
             if DOT:
                 dot += tl.sum(both, 0)

@@ -2,7 +2,8 @@
 
 Not measured on a GPU yet; the floors below are counted, not timed.
 
-- One position: a program takes some rows and reads both factors once. Bound by memory.
+- One position: a program takes some rows and reads both factors once, scaling the squares on the way. Bound by
+  memory.
 - Sequences, Gram sum (short against the features): a program makes one tile of A Aᵀ, then the same tile of D Dᵀ, in two
   accumulators, multiplies them and adds up, so T×T never reaches memory. Tiles above the diagonal are left out: half of
   the products. Examples shorter than a tile share one. T²(I+O) FLOPs an example, bound by the tensor cores.
@@ -13,6 +14,10 @@ The plain Gram sum cancels when activations hardly vary, so a feature whose acti
 their (rounded) mean c has c subtracted as it is read: exact in the factors' own half type, where an arbitrary mean
 would round. The terms of c come back as 2 Σ_t (D[t]·s)(Ã[t]·c) + ‖s‖²‖c‖², s = Σ_t D[t]. An example without such
 features, or where they carry under a quarter of the energy, loses nothing by the plain sum and takes it.
+
+What the reference does beyond this: it centres the gradients too, and scales whole sequences so that no square of
+theirs leaves float32's range. Here a sequence whose gradients hardly vary while its activations sum to zero cancels in
+the Gram sum as it would in torch, and squares beyond 1e38 (below 1e-38) become infinite (zero).
 
 Every sum has one order, whatever runs first: partial sums go to memory ([B, tiles]) and a last launch adds them up.
 """
@@ -26,7 +31,7 @@ import triton
 import triton.language as tl
 
 from . import _support
-from ._device import product
+from ._device import add_squares, product, product_of_squares
 from ._support import Target, blocks, launch, power_of_two, unit
 
 _SIZES = ["B", "T", "E", "tiles", "stride_act_b", "stride_act_t", "stride_grad_b", "stride_grad_t", "n", "parts"]
@@ -41,20 +46,18 @@ def grad_sqnorm_rows_kernel(
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     live = (row < B)[:, None]
     feature = tl.arange(0, BLOCK)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+    act_squares, act_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
     for begin in range(0, I, BLOCK):
         at = (begin + feature)[None, :]
         a = tl.load(act_ptr + row[:, None] * (stride_act_b * UNIT) + at, mask=live & (at < I), other=0.0)
-        sums += a.to(tl.float32) * a.to(tl.float32)
-    act_sqnorm = tl.sum(sums, 1)
-    sums = tl.zeros((ROWS, BLOCK), tl.float32)
+        act_squares, act_exponent = add_squares(a.to(tl.float32), act_squares, act_exponent)
+    grad_squares, grad_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
     for begin in range(0, O, BLOCK):
         at = (begin + feature)[None, :]
         d = tl.load(grad_ptr + row[:, None] * (stride_grad_b * UNIT) + at, mask=live & (at < O), other=0.0)
-        sums += d.to(tl.float32) * d.to(tl.float32)
-    if BIAS:
-        act_sqnorm += 1.0
-    tl.store(out_ptr + row, act_sqnorm * tl.sum(sums, 1), mask=row < B)
+        grad_squares, grad_exponent = add_squares(d.to(tl.float32), grad_squares, grad_exponent)
+    sqnorm = product_of_squares(act_squares, act_exponent, grad_squares, grad_exponent, BIAS)
+    tl.store(out_ptr + row, sqnorm, mask=row < B)
 
 
 @triton.jit(do_not_specialize=_SIZES)
