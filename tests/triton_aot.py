@@ -57,17 +57,25 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
         gf.ops.assign(points(B, K), points(K, 1)[:, 0], points(B, 1)[:, 0]) for B, K in ((1, 512), (7, 1024), (9, 2000))
     ],
     "assign_points, one block of features": lambda: [
-        gf.ops.assign_points(points(B, 128), points(K, 128)) for B, K in ((20_000, 100), (70_000, 129), (16, 7000))
+        gf.ops.assign_points(points(B, 128), points(K, 128)) for B, K in ((20_000, 100), (70_001, 129), (16, 7000))
     ],
     "assign_points, one tile of centres": lambda: [
         gf.ops.assign_points(points(B, 1024), points(K, 1024)) for B, K in ((20_000, 64), (70_000, 33))
+    ],
+    "norm_grads, rows": lambda: [
+        gf.ops.norm_grads(torch.empty(B, T, 768, **HALF), torch.empty(B, T, 768, **HALF))
+        for B, T in ((1, 1), (7, 512), (16, 100))
+    ],
+    "norm_grads, groups": lambda: [
+        gf.ops.norm_grads(torch.empty(B, C, 256, **HALF), torch.empty(B, C, 256, **HALF), groups=4)
+        for B, C in ((1, 4), (16, 64), (33, 24))
     ],
     "cluster_sums": lambda: [
         gf.ops.cluster_sums(points(N, 256), labels(N), K) for N, K in ((1, 1), (16, 2), (70_000, 129))
     ],
     "exact_moves": lambda: [
         gf.ops.exact_moves(points(N, 256), labels(N), K, seed)
-        for N, K, seed in ((60_000, 128, 0), (70_001, 100, 1), (50_000, 144, 2**40))
+        for N, K, seed in ((60_000, 128, 0), (70_001, 101, 1), (50_003, 143, 2**40))
     ],
     "grad_sqnorm, long": lambda: [
         gf.ops.grad_sqnorm(*factors(B, T, 1024, 2048)) for B, T in ((132, 129), (400, 512), (133, 200))

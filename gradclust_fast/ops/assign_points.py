@@ -102,9 +102,15 @@ def assign_points_cpu(
     return label, cost
 
 
+def _triton_refuses(points: torch.Tensor, centers: torch.Tensor, counts: torch.Tensor | None) -> str | None:
+    if max(points.shape[0], centers.shape[0]) >= 2**31:
+        return "the Triton kernel counts rows and centres in 32 bits; split the rows"
+    return points_triton_refuses(points)
+
+
 @_op.kernel(
     "triton",
-    refuses=points_triton_refuses,
+    refuses=_triton_refuses,
     loses=lambda points, *_: triton_loses(points),
     route=lambda points, *_: (
         "differences in float64"

@@ -427,7 +427,7 @@ class Problem:
             16, scan.BLOCK, num_warps=4,
         )  # fmt: skip
         norms = scan.splits > 1 or (R > scan.BLOCK and K > scan.CLUSTERS)
-        sqnorm, error = (self.new(2, B) if norms else self.new(2, 1)).unbind(0)
+        sqnorm, error = (self.new(B if norms else 1) for _ in range(2))
         if norms:
             self.launch(
                 assign_points_rows_kernel, (blocks(B, 16),), points, middle, sqnorm, error, B, R, self.stride,
@@ -437,7 +437,7 @@ class Problem:
         # a chain of multiply-adds, some of them double or triple; chains and parts added up; norms likewise
         chain = 2 * (scan.BLOCK if LONG else CHAIN) * (2 if LOW else 3 if wide else 1) + 4 * blocks(R, scan.BLOCK) + 64
         slack = 2 * chain * 2.0**-24 + (OPERAND_ERROR[PRECISION] if wide else 0.0)
-        other, near, far = self.new(3, B, dtype=torch.int32).unbind(0)
+        other, near, far = (self.new(B, dtype=torch.int32) for _ in range(3))
         ends = (self.label, self.cost, other, near, far, facts)
         rows = blocks(B, scan.ROWS)
         if scan.splits > 1:

@@ -200,19 +200,19 @@ def sign_of_move(source_ptr, target_ptr, admitted_ptr, moving_ptr, first_ptr, p,
     return tl.where(goes, tl.where(target == k, 1.0, -1.0), 0.0).to(tl.float64)
 
 
-@triton.jit(do_not_specialize=["begin", "n", "K", "stride_points"])
+@triton.jit(do_not_specialize=["begin", "n", "stride_state", "stride_points"])
 def exact_moves_apply_kernel(
     points_ptr, center_ptr, sqnorm_ptr, order_ptr, labels_ptr, sum_ptr, sum_low_ptr, count_ptr, scatter_ptr,
     source_ptr, target_ptr, admitted_ptr, state_ptr, next_state_ptr,
-    begin, n, K, R, stride_points, width,
+    begin, n, stride_state, R, stride_points, width,
     UNIT: tl.constexpr, SCAN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """A program is a cluster: its size, its sums in visiting order, labels of the rows that leave it."""
     k = tl.program_id(0).to(tl.int64)
     for slot in tl.static_range(4):  # entering, leaving, moving, first: ready for the next block
-        tl.store(next_state_ptr + slot * K + k, 2147483647 if slot == 3 else 0)
-    moving_ptr = state_ptr + 2 * K
-    first_ptr = state_ptr + 3 * K
+        tl.store(next_state_ptr + slot * stride_state + k, 2147483647 if slot == 3 else 0)
+    moving_ptr = state_ptr + 2 * stride_state
+    first_ptr = state_ptr + 3 * stride_state
     gain = tl.zeros((SCAN,), tl.float64)
     touched = tl.zeros((SCAN,), tl.int32)
     for at in range(0, n, SCAN):
@@ -272,10 +272,11 @@ class Sweep(Statistics):
         sqnorm = self.sqnorms(self.center)
         total, total_low, count, scatter = self.sums(at, self.center, sqnorm)
         length = min(max(LEAST_ROWS, blocks(N, BLOCKS)), max(LEAST_ROWS, MOST_COSTS // K))
-        state = self.new(2, 4, K, dtype=torch.int32).zero_()  # entering, leaving, moving, first
+        # entering, leaving, moving, first; rows start at 16 bytes whatever K is, which Triton compiles for
+        state = self.new(2, 4, 4 * blocks(K, 4), dtype=torch.int32).zero_()
         state[:, 3] = 2**31 - 1
         cost, slack, reach = self.new(length, K), self.new(length), self.new(2, length)
-        source, target, admitted = self.new(3, length, dtype=torch.int32).unbind(0)
+        source, target, admitted = (self.new(length, dtype=torch.int32) for _ in range(3))
         TILE = 16 if small else 64 if blocks(length, 64) * blocks(K, 64) >= self.target.multiprocessors else 32
         COLUMNS = power_of_two(K, 16, 16 if small else 64)
         SCAN, CHOOSERS = (16, 16) if small else (128, 8)
@@ -298,8 +299,8 @@ class Sweep(Statistics):
             )  # fmt: skip
             self.launch(
                 exact_moves_apply_kernel, (K,), self.points, self.center, sqnorm, order, self.labels, total, total_low,
-                count, scatter, source, target, admitted, now, later, begin, n, K, R, self.stride, R + 1, self.UNIT,
-                SCAN, 16, self.BLOCK, num_warps=4,
+                count, scatter, source, target, admitted, now, later, begin, n, now.stride(0), R, self.stride, R + 1,
+                self.UNIT, SCAN, 16, self.BLOCK, num_warps=4,
             )  # fmt: skip
 
 

@@ -136,7 +136,7 @@ def norm_grads(
     B, T, D = input.shape
     small = _support.target(input.device).interpreter
     rows = B * groups if groups else B * T
-    mean, scale = input.new_empty(2, rows, dtype=torch.float32).unbind(0)
+    mean, scale = (input.new_empty(rows, dtype=torch.float32) for _ in range(2))
     strides = (input.stride(0), input.stride(1))
     grad_strides = (grad.stride(0), grad.stride(1))
     UNIT = unit(*strides, *grad_strides)
