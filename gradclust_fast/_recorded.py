@@ -17,8 +17,31 @@ def recorded_points(
 ) -> tuple[Tensor, Tensor]:
     """(sketches [B, R] of the unweighted losses' gradients, index [B]) of a record, on the CPU; checked.
 
-    With a process group those of all ranks, rank by rank, the same on every rank.
+    With a process group those of all ranks, rank by rank, the same on every rank; where one rank's do not pass, all
+    ranks raise, and nobody waits.
+
+    Args:
+        weights: [B], or a function of the index that returns them, or None.
     """
+    if group is None:
+        return _own(rec, index, N, weights, sketch)
+    own, failed = None, None
+    try:
+        own = _own(rec, index, N, weights, sketch)
+    except Exception as error:  # the other ranks wait for this one's part
+        failed = error
+    everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
+    torch.distributed.all_gather_object(everyone, own, group=group)
+    if failed is not None:
+        raise failed
+    missing = [rank for rank, part in enumerate(everyone) if part is None]
+    if missing:
+        raise RuntimeError(f"rank {missing[0]} of the group could not give its examples; see its error")
+    points, indices = (torch.cat([part[i] for part in everyone]) for i in (0, 1))
+    return points, indices
+
+
+def _own(rec: record, index: Any, N: int, weights: Any, sketch: Sketch | None) -> tuple[Tensor, Tensor]:
     if not isinstance(rec, record):
         raise TypeError(f"rec must be a gf.record that has seen the step's backward, got {type(rec).__name__}")
     if sketch is not None and rec.sketch != sketch:
@@ -35,15 +58,11 @@ def recorded_points(
             f"index must be [{len(points)}], one data-set index per example of the record, got {list(index.shape)}"
         )
     if weights is not None:
-        weights = torch.as_tensor(weights).detach().cpu()
+        weights = torch.as_tensor(weights(index) if callable(weights) else weights).detach().cpu()
         if weights.shape != index.shape:
             raise ValueError(f"weights must be [{len(index)}] like index, got {list(weights.shape)}")
         if not bool((weights.isfinite() & (weights > 0)).all()):
             raise ValueError("weights must be finite and positive, as sampler.weights(index) gives them")
         points = points / weights.to(points.dtype)[:, None]
-    if group is not None:
-        everyone: list[Any] = [None] * torch.distributed.get_world_size(group)
-        torch.distributed.all_gather_object(everyone, (points, index), group=group)
-        points, index = (torch.cat([part[i] for part in everyone]) for i in (0, 1))
     check_finite("the gradient", points, index)
     return points, index

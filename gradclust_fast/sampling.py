@@ -201,8 +201,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
                 f"observe needs group= with {self.num_replicas} replicas, for example torch.distributed.group.WORLD: "
                 f"every rank must come to the same decision"
             )
-        weights = self.weights(torch.as_tensor(index).cpu())
-        points, indices = recorded_points(rec, index, len(self.strata), weights, group)
+        points, indices = recorded_points(rec, index, len(self.strata), self.weights, group)
         if not self._uniform:
             self._guard.observe(self._plan, points, indices, self.replacement)
         return self.variance_ratio
