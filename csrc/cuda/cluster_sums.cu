@@ -38,7 +38,7 @@ __device__ int64_t first_slot(const int64_t* __restrict__ begin, int64_t k) { re
 
 // One piece's sums → partial [slots, R]. `columns` threads lie side by side along a row, the others take further rows.
 template <typename in_t, int WIDTH>
-__global__ void __launch_bounds__(THREADS)
+__global__ void __launch_bounds__(THREADS, 4)
     cluster_sums_pieces_kernel(Rows points, const int64_t* __restrict__ order, const int64_t* __restrict__ begin,
                                int64_t K, int columns, double* __restrict__ partial) {
   int64_t slot = blockIdx.x, low = 0, high = K;  // the last cluster whose slots begin here or before
