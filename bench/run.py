@@ -29,6 +29,7 @@ import gradclust_fast as gf
 from bench.compare import compare
 from bench.gate import refusal
 from bench.harness import Case, Ceilings, Row, measure
+from bench.training import run as training
 from gradclust_fast._files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
@@ -228,6 +229,22 @@ def run(
     return failures
 
 
+def train(arguments: argparse.Namespace) -> int:
+    """Whole training steps; returns how many of ours failed."""
+    facts = machine(arguments.device)
+    print("\n".join(f"{key}: {value}" for key, value in facts.items()), flush=True)
+    return training.run(
+        arguments.training,
+        arguments.out or ROOT / "results" / device_name(arguments.device),
+        arguments.seconds or 15.0,
+        arguments.device,
+        facts,
+        {"threads": torch.get_num_threads(), "commit": commit(), "date": time.strftime("%Y-%m-%d")},
+        limit=arguments.cases,
+        quick=arguments.quick,
+    )
+
+
 def positive(text: str) -> float:
     value = float(text)
     if not value > 0:
@@ -239,9 +256,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="gradclust bench", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--op", action="append", metavar="NAME", help="only this op (repeatable)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="default: bench/results/<device>")
-    parser.add_argument("--seconds", type=positive, default=2.0, help="per case, all its baselines included")
+    parser.add_argument(
+        "--seconds", type=positive, help="per case, all its baselines included (2; a whole training step: 15)"
+    )
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu")
-    parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases of each op")
+    parser.add_argument("--cases", type=int, metavar="N", help="only the first N cases of each op, or models")
+    parser.add_argument(
+        "--training", nargs="*", metavar="MODEL", help="whole training steps beside other packages' (all, or these)"
+    )
     parser.add_argument("--quick", action="store_true", help="small ceilings: proves that all runs, measures nothing")
     parser.add_argument("--untested", action="store_true", help="do not run an op's tests before it is timed")
     parser.add_argument("--compare", nargs=2, type=Path, metavar=("A", "B"), help="two results, measured before")
@@ -252,8 +274,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
     try:
+        if arguments.training is not None:
+            return 1 if train(arguments) else 0
         options = {"limit": arguments.cases, "quick": arguments.quick, "tested": not arguments.untested}
-        return 1 if run(arguments.op, arguments.out, arguments.seconds, arguments.device, **options) else 0
+        return 1 if run(arguments.op, arguments.out, arguments.seconds or 2.0, arguments.device, **options) else 0
     except KeyboardInterrupt:
         print("\ninterrupted; the finished rows are kept", file=sys.stderr)
         return 130

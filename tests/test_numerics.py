@@ -173,3 +173,52 @@ def test_recorded_norms_of_tiny_and_huge_factors(scale, positions):
         (layer(x) * target).sum().backward()
     oracle = one_at_a_time(layer, lambda m: (m(x.double()) * target.double()).flatten(1).sum(1), ["weight"])
     close(rec.sq_norms, oracle["weight"].flatten(1).square().sum(1))
+
+
+class Tied(nn.Module):
+    """A table that is the output layer too: large activations with small gradients, and the other way round."""
+
+    def __init__(self):
+        super().__init__()
+        self.table = nn.Embedding(300, 64)
+
+    def forward(self, index):
+        x = self.table(index) * 1e-3
+        return nn.functional.linear(nn.functional.layer_norm(x, (64,)) * 30, self.table.weight)
+
+
+def test_uses_of_one_parameter_at_different_scales_keep_their_digits():
+    model, index = Tied(), torch.randint(0, 300, (3, 48))
+    with torch.no_grad():
+        model.table.weight.mul_(0.05)
+
+    def losses(model):
+        out = model(index)
+        return nn.functional.cross_entropy(out.transpose(1, 2), index.roll(1, 1), reduction="none").mean(1)
+
+    with gf.record(model, gram=True) as rec:
+        losses(model).mean().backward()
+    want = one_at_a_time(model, losses)["table.weight"].flatten(1)
+    close(rec.sq_norms, want.square().sum(1), 1e-5)
+    close(rec.gram, want @ want.T, 1e-5)
+
+
+def test_reused_factors_of_opposite_scales():
+    from gradclust_fast.layers import ConvFactors, LinearFactors
+
+    a, d, x, y = (
+        torch.randn(3, 64, 20),
+        torch.randn(3, 64, 30) * 1e-4,
+        torch.randn(3, 64, 20) * 1e-4,
+        torch.ones(3, 64, 30),
+    )
+    want = (d.double().mT @ a.double() + y.double().mT @ x.double()).square().sum((1, 2))
+    close(LinearFactors(a, d).concat(LinearFactors(x, y)).sqnorm(), want, 1e-5)
+    geometry = ([1, 1], [1, 1], [0] * 4, [1, 1], 1, False)
+    one, other = (
+        ConvFactors(p.mT.unsqueeze(3), q.mT.unsqueeze(3), torch.Size((30, 20, 1, 1)), geometry)
+        for p, q in ((a, d), (x, y))
+    )
+    close(one.concat(other).sqnorm(), want, 1e-5)
+    zero = LinearFactors(torch.zeros_like(a), d)
+    close(zero.concat(LinearFactors(x, y)).sqnorm(), (y.double().mT @ x.double()).square().sum((1, 2)), 1e-5)

@@ -11,7 +11,7 @@ from torch import nn
 
 from .._dispatch import OPS
 from .base import BatchLayout, Call, DenseFactors, Factors, accumulator, run_op
-from .linear import LinearFactors
+from .linear import LinearFactors, balanced
 
 
 class ConvFactors(Factors):
@@ -96,9 +96,8 @@ class ConvFactors(Factors):
         if self.geometry[4] != other.geometry[4]:
             return None
         mine, theirs = self.columns(), other.columns()
-        dtype = torch.promote_types(self.dtype, other.dtype)
-        act = torch.cat([mine.act.to(dtype), theirs.act.to(dtype)], 2)
-        grad = torch.cat([mine.grad.to(dtype), theirs.grad.to(dtype)], 2)
+        first, second = balanced((mine.act, mine.grad), (theirs.act, theirs.grad))
+        act, grad = torch.cat([first[0], second[0]], 2), torch.cat([first[1], second[1]], 2)
         return ConvFactors(act, grad, self.shape, mine.geometry)
 
 

@@ -65,10 +65,9 @@ class LinearFactors(Factors):
         return self
 
     def _concat(self, other: LinearFactors) -> LinearFactors:
-        dtype = torch.promote_types(self.dtype, other.dtype)
-        act = torch.cat([_positions(self.act).to(dtype), _positions(other.act).to(dtype)], 1)  # [B, T + T', I]
-        grad = torch.cat([_positions(self.grad).to(dtype), _positions(other.grad).to(dtype)], 1)
-        return LinearFactors(act, grad, self.shape)
+        mine, theirs = (_positions(self.act), _positions(self.grad)), (_positions(other.act), _positions(other.grad))
+        mine, theirs = balanced(mine, theirs)
+        return LinearFactors(torch.cat([mine[0], theirs[0]], 1), torch.cat([mine[1], theirs[1]], 1), self.shape)
 
 
 class LinearCall(Call):
@@ -92,6 +91,26 @@ class LinearCall(Call):
             return DenseFactors(_positions(rows).sum(1, dtype=accumulator(rows.dtype)))
         assert self.held is not None
         return LinearFactors(layout.rows(self.held), rows)
+
+
+Pair = tuple[torch.Tensor, torch.Tensor]
+
+
+def balanced(first: Pair, second: Pair) -> tuple[Pair, Pair]:
+    """Two uses (act, grad) in one dtype, the second as (act · 2^k, grad / 2^k), which is the same gradient.
+
+    Sums over the positions of both are centred. Where one use has large activations and small gradients and the other
+    the opposite (a table tied to the output layer), their common mean would cost the small ones their digits.
+    """
+    dtype = torch.promote_types(first[0].dtype, second[0].dtype)
+    dtype = torch.float32 if dtype == torch.float16 else dtype  # which has no room for other powers
+    first, second = ((act.to(dtype), grad.to(dtype)) for act, grad in (first, second))
+    if any(tensor.numel() == 0 for tensor in (*first, *second)):
+        return first, second
+    sizes = [tensor.abs().amax().to(accumulator(dtype)) for tensor in (*first, *second)]
+    power = ((sizes[0].log2() - sizes[1].log2() - sizes[2].log2() + sizes[3].log2()) / 2).round()
+    scale = torch.exp2(torch.where(power.isfinite(), power, 0.0).clamp(-60, 60)).to(dtype)
+    return first, (second[0] * scale, second[1] / scale)
 
 
 def _positions(rows: torch.Tensor) -> torch.Tensor:
