@@ -52,6 +52,29 @@ def kernel_table(rows: list[dict[str, str]]) -> list[str]:
     return lines
 
 
+def training_lines(folder: Path) -> list[str]:
+    """Whole training steps, where they were measured; a peer that is missing or refuses the model says so."""
+    if not (folder / "training.csv").exists():
+        return []
+    lines = [
+        "## Training steps",
+        "",
+        "One step with every example's gradient norm divided by the same step without, interleaved, median and quartiles; "
+        "peak memory (parameters, activations, gradients) likewise (`python -m bench.run --training`):",
+        "",
+        "| model | B | way | time ÷ plain | quartiles | memory ÷ plain |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for row in rows_of(folder / "training.csv"):
+        head = f"| {row['label'] or row['model']} | {row['B']} | {row['method']} |"
+        if row["error"]:
+            lines.append(f"{head} {row['error'].replace('|', '/')[:80]} | | |")
+        else:
+            ratio, low, high = ratios(row)
+            lines.append(f"{head} {ratio:.2f} | {low:.2f} to {high:.2f} | {float(row['memory_ratio']):.2f} |")
+    return [*lines, ""]
+
+
 def study_lines(folder: Path) -> list[str]:
     rows = rows_of(folder / "mnist_mlp.csv")
     steps = sorted({int(row["step"]) for row in rows})
@@ -131,6 +154,7 @@ def main() -> None:
         "",
         *kernel_table(rows),
         "",
+        *training_lines(folder),
         *(line for name, what in figures for line in (f"![{what}](images/{name})", f"*{what}.*", "")),
     ]
     write_atomically(PAGE, "\n".join(page))
