@@ -59,8 +59,8 @@ def training_lines(folder: Path) -> list[str]:
     lines = [
         "## Training steps",
         "",
-        "One step with every example's gradient norm divided by the same step without, interleaved, median and quartiles; "
-        "peak memory (parameters, activations, gradients) likewise (`python -m bench.run --training`):",
+        "One step with every example's gradient norm divided by the same step without, interleaved, median and "
+        "quartiles; peak memory (parameters, activations, gradients) likewise (`python -m bench.run --training`):",
         "",
         "| model | B | way | time ÷ plain | quartiles | memory ÷ plain |",
         "| --- | --- | --- | --- | --- | --- |",
