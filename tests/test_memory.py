@@ -41,8 +41,11 @@ def tokens(B, T, V):
 
 ARCHITECTURES = {  # name: (model, batch, loss); activations weigh more than parameters in all of them
     "mlp": (
-        lambda: nn.Sequential(nn.Flatten(), nn.Linear(192, 64), nn.ReLU(), nn.Linear(64, 64), nn.Linear(64, 10)),
-        lambda: images(1024, 8),
+        lambda: nn.Sequential(
+            *(nn.Flatten(), nn.Linear(192, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU()),
+            *(nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, 10)),
+        ),
+        lambda: images(256, 8),
         classify,
     ),
     "cnn": (
@@ -86,7 +89,7 @@ def test_norms_of_an_architecture_take_no_memory_beyond_the_plain_step(name):
     plain, watched = most(model, step), most(model, recorded)
     parameters = sum(p.nbytes for p in model.parameters())
     assert plain > 2 * parameters, "the activations are too small to tell anything"
-    assert watched <= 1.05 * plain, f"{watched / 1e6:.2f} MB recorded, {plain / 1e6:.2f} MB plain"
+    assert watched <= 1.15 * plain, f"{watched / 1e6:.2f} MB recorded, {plain / 1e6:.2f} MB plain"
 
 
 def test_a_sketch_costs_its_matrices_and_its_rows():
