@@ -64,7 +64,9 @@ def variant(name: str, scale: str, wrong: float = 0.0) -> Variant:
     size: dict[str, Any] = {**SIZES[scale], "wrong": wrong}
     methods: tuple[str, ...] = ("SG-B", "SG-2B", "GC exact", "GC guarded")
     if not wrong:
-        methods += ("SVRG",) if small else ("SVRG", "GC factored", "GC+SVRG")
+        methods += ("SVRG",) if small else ("SVRG", "GC+SVRG")
+    if not small:
+        methods += ("GC factored",)
     plan = Trajectory(
         problem=partial(cifar, **size),
         steps=steps,

@@ -9,7 +9,7 @@ from .figures import trajectory_figure
 from .images import SIZES, cifar
 from .methods import STANDARD
 from .problems import Problem, classifier, cnn, duplicated
-from .r07_cifar import against
+from .r07_cifar import against, shown
 from .row import Check, Row, Variant, check
 from .table import Table, mean
 from .trajectory import Trajectory
@@ -71,8 +71,7 @@ def checks(table: Table) -> list[Check]:
 
 
 def draw(table: Table) -> Any:
-    trained = table.where(lambda r: r["step"] > 0)
-    return trajectory_figure(trained, "R8  Ten images copied to two thirds of the data", by="data")
+    return trajectory_figure(shown(table), "R8  Ten images copied to two thirds of the data", by="data")
 
 
 ROW = Row(

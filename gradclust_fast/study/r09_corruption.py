@@ -24,7 +24,7 @@ def checks(table: Table) -> list[Check]:
     papers = {"as it is": "spikes", "20 % of the labels wrong": "none"}
     for data in table.distinct("data"):
         own = table.where(data=data)
-        for name in ("GC exact", "GC guarded", "SG-B"):
+        for name in (n for n in ("GC exact", "GC factored", "GC guarded", "SG-B") if n in own.distinct("estimator")):
             values = own.per_seed(partial(spike, estimator=name))
             paper = papers[data] if name == "GC exact" else "–"
             out.append(check(f"{data}: max ÷ median of V after the drop, {name}", paper, values))
@@ -63,4 +63,7 @@ ROW = Row(
         "paper": "R7's trajectory, and the same with 20 % of the labels drawn anew",
     },
     paper="GC's variance spikes after the drop, but not with wrong labels.",
+    remarks="No spike appears at this size, with clean labels or with wrong ones: on this network of 19,000 parameters "
+    "and strata from exact moves, the largest variance after the drop is little above the median, as SG-B's is. The "
+    "paper's own rule, which may have made its spikes, is measured at --scale paper.",
 )

@@ -110,4 +110,7 @@ ROW = Row(
         "paper": "the same with 10,000 digits, and GC factored",
     },
     paper="not reported; it renews strata every 1000 to 2000 steps.",
+    remarks="V(later) ÷ V(0) also holds what training itself does to the variance, which falls on MNIST; the ratios to "
+    "SG-B at the same step show the strata alone. GC online starts from random strata at step 0 and makes no pass over "
+    "the data.",
 )

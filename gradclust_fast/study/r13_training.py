@@ -287,5 +287,5 @@ ROW = Row(
     paper="not reported.",
     remarks="The learning rate is the same for all. SG-2B makes half as many steps with the same examples, SVRG "
     "computes two gradients an example. Time is processor time of steps and snapshots: the machine was shared. Equal "
-    "time is the shorter of the two runs'.",
+    "time is the shorter of the two runs': for GC factored that ends before or soon after its first snapshot.",
 )
