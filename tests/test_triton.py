@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 import subprocess
 import sys
@@ -196,3 +197,19 @@ def test_one_position_survives_magnitudes_in_opposite_directions(dtype, exponent
 
 def test_strides_are_passed_in_units_that_tell_their_alignment():
     assert _support.unit(64, 4096) == 16 and _support.unit(64, 33) == 1 and _support.unit(0, 16) == 16
+
+
+@interpreted
+@pytest.mark.parametrize("constant", [False, True], ids=["plain", "centred"])
+@pytest.mark.parametrize("T", [3, 70, 150], ids=["several-examples-a-tile", "two-tiles-a-side", "three"])
+def test_gram_tiles_of_every_layout(T, constant):
+    """3 + 1 examples in groups, or a triangle of tiles; plain, or with the terms of what was subtracted."""
+    act, grad = torch.randn(4, T, 20), torch.randn(4, T, 12)
+    if constant:
+        act[1:] = 3 + 1e-2 * act[1:]  # the first example of the group stays plain
+    found = torch.empty(4)
+    grad_sqnorm = importlib.import_module("gradclust_fast.triton_kernels.grad_sqnorm")
+    grad_sqnorm._gram(act, grad, True, found, _support.INTERPRETER)
+    G = grad.double().mT @ act.double()
+    want = G.square().sum((1, 2)) + grad.double().sum(1).square().sum(1)
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
