@@ -175,7 +175,8 @@ def test_wrong_arguments_are_named(capsys):
         (["demo", "--steps", "0"], "--steps: must be a whole number of at least 1, got '0'"),
         (["demo", "--step", "x"], "must be a whole number of at least 1, got 'x'"),
         (["demo", "--nonsense"], "unrecognized arguments: --nonsense"),
-        (["study"], "invalid choice"),
+        (["study"], "required: COMMAND"),
+        (["study", "walk"], "invalid choice"),
         ([], "required: COMMAND"),
     ):
         with pytest.raises(SystemExit):
