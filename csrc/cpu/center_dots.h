@@ -79,7 +79,7 @@ template <typename T, typename mask_t> GRADCLUST_INLINE uint32_t lane_bits(mask_
 #if defined(__AVX512F__)
   if constexpr (sizeof(T) == 4) return _mm512_movepi32_mask((__m512i)mask);
   return _mm512_movepi64_mask((__m512i)mask);
-#elif defined(__AVX2__)
+#elif defined(__AVX2__) && GRADCLUST_VECTOR_BYTES == 32
   if constexpr (sizeof(T) == 4) return uint32_t(_mm256_movemask_ps((__m256)mask));
   return uint32_t(_mm256_movemask_pd((__m256d)mask));
 #else

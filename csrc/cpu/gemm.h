@@ -29,10 +29,10 @@ GRADCLUST_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
 GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of a register tile, and the most vectors in one of its rows.
-#if defined(__AVX512F__)
+#if GRADCLUST_VECTOR_BYTES == 64
 template <typename acc> constexpr int MR = 8;
 constexpr int NV = 3;
-#elif defined(__AVX2__)
+#elif GRADCLUST_VECTOR_BYTES == 32
 template <typename acc> constexpr int MR = 4;
 constexpr int NV = 3;
 #else

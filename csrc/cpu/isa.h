@@ -13,7 +13,9 @@
 #include <omp.h>
 #endif
 
-#if defined(__AVX512F__)
+// -DGRADCLUST_VECTOR_BYTES=64 compiles AVX-512's tiles for a processor without AVX-512, to test them there.
+#if defined(GRADCLUST_VECTOR_BYTES)
+#elif defined(__AVX512F__)
 #define GRADCLUST_VECTOR_BYTES 64
 #elif defined(__AVX2__)
 #define GRADCLUST_VECTOR_BYTES 32
