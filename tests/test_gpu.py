@@ -58,6 +58,7 @@ EXTRA = {  # what each quantity needs beyond act and grad
     "sqnorm": lambda *_: {},
     "gram": lambda *_: {},
     "moments": lambda *_: {},
+    "weight_sqnorm": lambda *_: {},
     "sketch": sides,
     "dot": centers,
     "quantities": lambda *shape: {"sqnorm": True, **sides(*shape), **centers(*shape)},

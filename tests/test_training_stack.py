@@ -72,6 +72,7 @@ def op_calls():
         "grad_dot": lambda: gf.ops.grad_dot(act, grad, torch.ones(3, 5), torch.ones(3, 6)),
         "grad_gram": lambda: gf.ops.grad_gram(act, grad),
         "grad_moments": lambda: gf.ops.grad_moments(act, grad),
+        "grad_weight_sqnorm": lambda: gf.ops.grad_weight_sqnorm(act, grad),
         "grad_quantities": lambda: gf.ops.grad_quantities(
             act, grad, sqnorm=True, center_grad=torch.ones(3, 5), center_act=torch.ones(3, 6)
         )[0],

@@ -51,6 +51,9 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
         for B, P, Q in ((20000, 16, 16), (16897, 16, 16), (30001, 16, 16))
     ],
     "grad_moments, long": lambda: [gf.ops.grad_moments(*factors(B, T)) for B, T in ((1, 17), (400, 512), (33, 200))],
+    "grad_weight_sqnorm": lambda: [
+        gf.ops.grad_weight_sqnorm(*factors(B, T, 256, 512)) for B, T in ((1, 64), (400, 512), (33, 1000))
+    ],
     "grad_gram, long": lambda: [gf.ops.grad_gram(*factors(B, T)) for B, T in ((132, 129), (140, 512), (150, 200))],
     "grad_sqnorm, direct": lambda: [gf.ops.grad_sqnorm(*factors(B, T)) for B, T in ((132, 200), (999, 256))],
     "assign": lambda: [

@@ -20,6 +20,7 @@ from .grad_moments import grad_moments
 from .grad_quantities import grad_quantities
 from .grad_sketch import grad_sketch
 from .grad_sqnorm import grad_sqnorm
+from .grad_weight_sqnorm import grad_weight_sqnorm
 from .norm_grads import norm_grads
 
 __all__ = [
@@ -43,5 +44,6 @@ __all__ = [
     "grad_quantities",
     "grad_sketch",
     "grad_sqnorm",
+    "grad_weight_sqnorm",
     "norm_grads",
 ]

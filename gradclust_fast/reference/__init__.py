@@ -20,4 +20,5 @@ from . import grad_moments as grad_moments
 from . import grad_quantities as grad_quantities
 from . import grad_sketch as grad_sketch
 from . import grad_sqnorm as grad_sqnorm
+from . import grad_weight_sqnorm as grad_weight_sqnorm
 from . import norm_grads as norm_grads
