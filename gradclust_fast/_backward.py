@@ -12,9 +12,10 @@ from torch.autograd.graph import GradientEdge
 
 from ._claims import ModuleUse, check_sum, rerun
 from ._dispatch import backend, current_backend
+from ._fused import FusedFactors
 from ._graphs import keeps_graph, seen_twice
 from ._uses import Entry, Use
-from .layers import BatchLayout, DenseFactors, Factors, turned
+from .layers import BatchLayout, DenseFactors, Factors, LinearFactors, turned
 from .layers.recompute import ExampleMismatchError
 
 if TYPE_CHECKING:
@@ -177,6 +178,8 @@ class Backwards:
         use.check_version()
         if use.shared and use.plain and use.root is not None:  # no walk over the graph saw what a checkpoint repeats
             raise NotImplementedError(seen_twice(use.names(), use.plain))
+        if use.link is not None:
+            use.link.arrived(grad)
         with self.quiet():
             grad = grad.detach().reshape(use.shape)
             made = {} if use.shared else {role: self._factors(run, use, role, grad) for role in use.entries}
@@ -224,6 +227,9 @@ class Backwards:
             factors = use.call.factors(role, grad, layout)
             if use.turned and role == "weight":
                 factors = turned(factors)
+            if use.link is not None and role == "weight":
+                assert isinstance(factors, LinearFactors)
+                factors = FusedFactors(factors, use.link)
         except ValueError as error:
             raise ValueError(f"{name}: its layer {error}") from error
         self._check_B(run, name, factors.B, use.shape)

@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._backward import Backwards
 from ._claims import Claim, Claims, ModuleUse
+from ._fused import FusedLinear, Link, fusable
 from ._graphs import BACKWARDS, TURNS, check_graph, engine_arguments, started_from
 from ._shared import Met, Root, Shared, repeated
 from ._uses import Entry, Use, autocast_input, differentiable, find, gradient_edge, is_dtensor
@@ -26,16 +27,24 @@ class Forward(TorchFunctionMode):
         every: the watched parameters, in the order of ``chosen``.
         claims: the modules that answer for watched parameters themselves.
         backwards: where the uses wait.
+        fused: whether linear layers hand their weight gradient over to whatever makes the norms.
     """
 
     def __init__(
-        self, every: list[Entry], chosen: list[Named], claims: list[Claim], layout: BatchLayout, backwards: Backwards
+        self,
+        every: list[Entry],
+        chosen: list[Named],
+        claims: list[Claim],
+        layout: BatchLayout,
+        backwards: Backwards,
+        fused: bool,
     ) -> None:
         super().__init__()
         self.every, self.backwards = every, backwards
         self.entries = {id(entry.parameter): entry for entry in every}
         self.turned: dict[int, weakref.ref[torch.Tensor]] = {}  # transposes of parameters, while they live
         self._sharded = [(entry, named.owners) for entry, named in zip(every, chosen) if is_dtensor(entry.parameter)]
+        self._fused = fused and not self._sharded
         self._leads: dict[int, torch.Size] = {}
         self._layout = layout
         self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
@@ -138,7 +147,14 @@ class Forward(TorchFunctionMode):
         if torch.is_grad_enabled():
             args, kwargs = autocast_input(call, args, kwargs)
         first = torch._C._autograd._get_sequence_nr()
-        out = func(*args, **kwargs)
+        link = None
+        if self._fused and "weight" in entries and fusable(call, bool(turns)):
+            weight = call.parameters["weight"]
+            assert weight is not None
+            link = Link(weight)
+            out = FusedLinear.apply(link, call.held, weight, call.parameters["bias"])
+        else:
+            out = func(*args, **kwargs)
         if not out.requires_grad:
             for entry in used:
                 entry.hidden += 1
@@ -147,7 +163,7 @@ class Forward(TorchFunctionMode):
             self._refuse(func, used, "is used in a place of this function that has no per-example route")
         self._spans.update(range(first, torch._C._autograd._get_sequence_nr()))
         use = self._wait_for(call, entries, out)
-        use.turned = bool(turns)
+        use.turned, use.link = bool(turns), link
         dim = self._layout.dim
         if call.shareable and (isinstance(call, EmbeddingCall) or (dim < out.dim() and out.shape[dim] == 1)):
             self._shared.watch(out, Root(gradient_edge(out), out.shape, weakref.ref(use), call))

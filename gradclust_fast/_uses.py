@@ -34,7 +34,7 @@ class Use:
 
     __slots__ = (
         *("__weakref__", "call", "entries", "fired", "handle", "index", "root", "shape", "spent", "version"),
-        *("met", "plain", "shared", "turned"),
+        *("link", "met", "plain", "shared", "turned"),
     )
 
     def __init__(
@@ -51,6 +51,7 @@ class Use:
         self.index = edge.output_nr
         self.met: Any = None  # how an expansion of a shared output met the batch, and in which dimension
         self.shared, self.plain = False, ""  # whether expansions of the output did, and a function that saw it as it is
+        self.link: Any = None  # to the node that the weight's gradient may be handed to
         self.turned = False  # whether the weight was the parameter's transpose
         self.root = root  # the backward that recomputed this call, or None for an ordinary forward
         held = call.held

@@ -6,7 +6,8 @@ from dataclasses import dataclass
 
 import torch
 
-from .layers import recompute, registered
+from ._dispatch import OPS
+from .layers import LinearCall, recompute, registered
 from .layers.registered import COST as REGISTERED_COST
 from .selection import Parameters, kind, split
 
@@ -18,8 +19,9 @@ class CoverageRow:
     Attributes:
         parameter: its name without wrapper prefixes.
         module: the type of the module that owns it; several where it is tied.
-        route: ``"factored"``, ``"small"``, ``"sum"``, ``"registered"``, ``"recomputed"`` (its module runs again alone),
-            ``"none"`` (recording raises), ``"frozen"`` or ``"filtered out"``.
+        route: ``"factored"``, ``"fused"`` (with ``fused=True``: its gradient and its norms together), ``"small"``,
+            ``"sum"``, ``"registered"``, ``"recomputed"`` (its module runs again alone), ``"none"`` (recording raises),
+            ``"frozen"`` or ``"filtered out"``.
         cost: what recording adds to a step, in words; empty where nothing is recorded.
         note: what to know, or the remedy.
     """
@@ -47,12 +49,13 @@ class Coverage(list[CoverageRow]):
         return "\n".join([lines[0], "  ".join("-" * width for width in widths), *lines[1:]])
 
 
-def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
-    """How ``gf.record(model, parameters=parameters)`` would treat every parameter. Nothing runs.
+def coverage(model: torch.nn.Module, parameters: Parameters = None, *, fused: bool = False) -> Coverage:
+    """How ``gf.record(model, parameters=parameters, fused=fused)`` would treat every parameter. Nothing runs.
 
     Args:
         model: any module.
         parameters: as for ``gf.record``.
+        fused: as for ``gf.record``; the note says whether one kernel makes both on the parameter's device.
 
     Returns:
         A :class:`Coverage`: a list of rows that prints as a table; ``.complete`` says whether recording would start.
@@ -87,8 +90,19 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None) -> Coverage:
             route, cost = "registered", REGISTERED_COST
         else:
             route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
+            if fused and calls == [LinearCall] and entry.owners[0][1] == "weight":
+                route, cost = "fused", "computed together with the weight's gradient, if it is used once"
+                notes.append(_fused_route(entry.parameter))
         rows.append(CoverageRow(entry.name, kind(entry), route, cost, "; ".join(notes)))
     return rows
+
+
+def _fused_route(weight: torch.Tensor) -> str:
+    kernel = OPS["grad_weight_sqnorm"].kernels["triton"]
+    reason = kernel.refuses(weight) or kernel.loses(weight)
+    if reason is None:
+        return "long sequences in one pass (Triton), short ones by torch's product and a kernel for the norms"
+    return f"torch's product, then the norms, which saves nothing: {reason}"
 
 
 def _couples_batch(module: torch.nn.Module) -> bool:

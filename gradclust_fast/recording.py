@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from ._backward import Backward
+from ._fused import FusedFactors, Link
 from .layers import Factors
 from .selection import Parameters
 from .sketching import Sketch
@@ -51,7 +52,8 @@ class _Rows:
 class record(Watch):
     """Context manager: per-example quantities of every backward inside, at the price of a few reads.
 
-    The forward, the backward, ``.grad`` and the random state are bit for bit those of an unrecorded step. Row b is
+    The forward, the backward, ``.grad`` and the random state are bit for bit those of an unrecorded step (``.grad`` up
+    to rounding with ``fused=True``). Row b is
     B (mean) or 1 (sum) times example b's share of the unscaled loss's gradient, so rows average (mean) or add up
     (sum) to ``.grad``, also with token means, class weights and sample weights. Every use of a recorded parameter is
     seen, functional ones too; tied and reused parameters get their cross terms. Several backwards append their rows.
@@ -68,6 +70,11 @@ class record(Watch):
         batch_dim: dimension of the batch in linear layers on sequences, 0 or 1.
         batch_size: number of examples, where some layer sees several rows an example.
         parameters: name globs, or a predicate(name, parameter); None records every trainable parameter.
+        fused: compute the weight gradient of a linear layer and its norms together (``gf.ops.grad_weight_sqnorm``). The
+            weight's ``.grad`` is then accumulated in another order, and no longer bit for bit that of a plain step.
+            Weights used more than once or transposed, and layers inside of a checkpoint, go the plain way.
+            ``gf.coverage(model, fused=True)`` tells what it gains where the model is; ``rec.fused_parameters`` what
+            went this way.
 
     Raises:
         NotImplementedError: a recorded parameter without a route (on entry, all of them at once), or a use of one
@@ -101,6 +108,7 @@ class record(Watch):
         batch_dim: int = 0,
         batch_size: int | None = None,
         parameters: Parameters = None,
+        fused: bool = False,
     ) -> None:
         super().__init__(model, _unused, parameters=parameters, batch_dim=batch_dim, batch_size=batch_size)
         if loss_reduction not in ("mean", "sum"):
@@ -118,6 +126,10 @@ class record(Watch):
             raise ValueError(
                 "nothing was asked for; pass sq_norms=True, sketch=gf.Sketch(...), gram=True or moments=True"
             )
+        if fused and not sq_norms:
+            raise ValueError("fused=True makes norms and weight gradients together, and sq_norms=False asks for none")
+        self._fused = bool(fused)
+        self._links: dict[str, list[Link | None]] = {}  # of each backward, where norms brought the gradient along
         self._asked = {"sq_norms": sq_norms, "sketch": sketch is not None, "gram": gram, "moments": moments}
         self._sketch, self._mean, self._loss_scale = sketch, loss_reduction == "mean", loss_scale
         self._rows: list[_Rows] = []
@@ -145,6 +157,9 @@ class record(Watch):
         rows: _Rows = run.state
         if self._asked["sq_norms"]:
             rows.sq_norms[name] = factors.sqnorm()
+            if self._fused:
+                link = factors.link if isinstance(factors, FusedFactors) else None
+                self._links.setdefault(name, []).append(link)
         if self._sketch is not None:
             vectors = self._sketch.apply(name, factors)
             key = "" if self._sketch.reduce else name
@@ -210,6 +225,13 @@ class record(Watch):
         """[B] ‖∇ℓ_b‖² over all recorded parameters."""
         norms = list(self.sq_norms_by_parameter.values())
         return torch.stack([n.to(torch.promote_types(n.dtype, norms[0].dtype)) for n in norms]).sum(0)
+
+    @property
+    def fused_parameters(self) -> list[str]:
+        """Names of the weights whose gradient was made together with their norms in every backward that used them."""
+        self._results("sq_norms", "sq_norms=True")
+        made = {name: all(link is not None and link.made for link in links) for name, links in self._links.items()}
+        return [name for name in self.names if made.get(name)]
 
     @property
     def sketch(self) -> Sketch | None:

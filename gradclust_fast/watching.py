@@ -44,6 +44,7 @@ class Watch:
         RuntimeError: on exit, when no backward ran or a parameter received a gradient through an unseen use.
     """
 
+    _fused = False  # whether weight gradients of linear layers come out of the pass that makes the norms
     _keeps_edges = True  # what `backward` needs; it keeps the graph of every forward alive until its backward
 
     def __init__(
@@ -106,7 +107,7 @@ class Watch:
         claimed = {entry.name for claim in claims for entry in claim.entries.values()}
         self._backwards = Backwards(self, self._every, claimed, self._layout, self._keeps_edges)
         _watched.update((id(entry.parameter), entry.name) for entry in self._every)
-        self._forward = Forward(self._every, chosen, claims, self._layout, self._backwards)
+        self._forward = Forward(self._every, chosen, claims, self._layout, self._backwards, self._fused)
         torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._forward.__enter__()
         self._state = "open"
