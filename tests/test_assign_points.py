@@ -66,6 +66,15 @@ def test_a_row_equal_to_centres_is_at_distance_zero_whatever_their_sizes(backend
     assert torch.equal(label, torch.arange(9).repeat(2)) and not cost.any()
 
 
+def test_equal_costs_of_different_sizes_tie_toward_the_lowest_index(backend, dtype):
+    # small whole numbers, so every cost is exact: 2 · 1² = 1 · (1² + 1²)
+    points, centers = (torch.randint(-3, 4, (n, 2)).to(dtype) for n in (200, 15))
+    counts = torch.randint(0, 4, (15,))
+    label, cost = gf.ops.assign_points(points, centers, counts)
+    oracle = distances(points, centers, counts)
+    assert torch.equal(label, oracle.argmin(1)) and torch.equal(cost.double(), oracle.amin(1))
+
+
 def test_constant_data_goes_to_cluster_zero(backend):
     label, cost = gf.ops.assign_points(torch.full((70, 5), 0.1), torch.full((20, 5), 0.1))
     assert not label.any() and not cost.any()

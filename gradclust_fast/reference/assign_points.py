@@ -20,8 +20,13 @@ def assign_points(
     rows = max(1, CHUNK // K)
     for begin in range(0, B, rows):
         chunk = points[begin : begin + rows].double()
-        dist = torch.cdist(chunk, centers, compute_mode="donot_use_mm_for_euclid_dist").square()  # [rows, K]
-        if weight is not None:
+        if weight is None:  # equal distances stay equal under the square root that cdist takes
+            dist = torch.cdist(chunk, centers, compute_mode="donot_use_mm_for_euclid_dist").square()  # [rows, K]
+        else:
+            # 2 · 1² and 1 · √2² must tie, so there must be no root to round. One feature at a time bounds the memory.
+            dist = chunk.new_zeros(len(chunk), K)  # [rows, K]
+            for x, c in zip(chunk.unbind(1), centers.unbind(1)):
+                dist += (x.unsqueeze(1) - c).square_()
             dist *= weight
         index = dist.argmin(1)
         label[begin : begin + rows] = index
