@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import os
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -17,6 +18,19 @@ OPS: dict[str, Op] = {}
 
 _library = torch.library.Library("gradclust_fast", "DEF")
 _forced: ContextVar[str | None] = ContextVar("gradclust_fast_backend", default=None)
+
+
+_MISMATCH = re.compile(
+    r"Expected a value of type '(?P<kind>[^']+)' for argument '(?P<name>\w+)' but instead found type "
+    r"'(?P<found>[^']+)'\.\s+Position: (?P<position>\d+)"
+)
+"""How torch's dispatcher says that an argument is of the wrong type."""
+_KINDS = {
+    "Tensor": ("a torch.Tensor", "convert it with torch.as_tensor"),
+    "int": ("an integer", "pass a whole number"),
+    "float": ("a number", "convert it with float()"),
+    "bool": ("True or False", "pass one of them"),
+}
 
 
 def _checked(name: str, source: str) -> str:
@@ -113,8 +127,23 @@ class Op:
         _library.impl(self.name, self.run, "CompositeExplicitAutograd")
         torch.library.register_fake(f"gradclust_fast::{self.name}", self._fake, lib=_library)
         torch.library.register_autograd(f"gradclust_fast::{self.name}", self._no_backward, lib=_library)
-        self.call = getattr(torch.ops.gradclust_fast, self.name).default
+        self.overload = getattr(torch.ops.gradclust_fast, self.name).default
         OPS[self.name] = self
+
+    def call(self, *args: Any) -> Any:
+        """The op through torch's dispatcher, as the public functions call it."""
+        try:
+            return self.overload(*args)
+        except RuntimeError as error:
+            wrong = _MISMATCH.search(str(error))  # the schema's own check, which comes before this op's
+            if wrong is None:
+                raise
+            kind, name, value = wrong["kind"], wrong["name"], args[int(wrong["position"])]
+            if kind.endswith(("int", "int]")) and isinstance(value, int):
+                raise ValueError(f"{name} must fit into 64 bits, got {value}; pass a smaller one") from None
+            expected, remedy = next(text for key, text in _KINDS.items() if key in kind)
+            expected += " or None" if kind.startswith("Optional") else ""
+            raise TypeError(f"{name} must be {expected}, got {wrong['found']}; {remedy}") from None
 
     def kernel(
         self,

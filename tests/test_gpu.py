@@ -361,7 +361,7 @@ def test_triton_kernels_are_captured_in_a_graph(what, positions):
 def test_opcheck_on_the_device(what):
     name, args, kwargs = linear_call(what)
     op = OPS[name]
-    torch.library.opcheck(op.call, op.prepare(*args, **bound(name, args, kwargs)))
+    torch.library.opcheck(op.overload, op.prepare(*args, **bound(name, args, kwargs)))
 
 
 def bound(name, args, kwargs):

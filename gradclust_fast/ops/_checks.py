@@ -11,11 +11,18 @@ def shape(tensor: torch.Tensor) -> str:
     return str(list(tensor.shape))
 
 
+def check_floats(name: str, tensor: torch.Tensor) -> None:
+    """A dense tensor of a floating dtype."""
+    if tensor.dtype not in FLOATS:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense tensor, got {tensor.layout}; use {name}.to_dense()")
+
+
 def check_factors(act: torch.Tensor, grad: torch.Tensor) -> None:
     """act [B, *, I] and grad [B, *, O]: same B, same position dimensions, dtype and device."""
     for name, tensor in (("act", act), ("grad", grad)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
+        check_floats(name, tensor)
         if tensor.dim() < 2:
             raise ValueError(
                 f"{name} must be [B, *, features], got {shape(tensor)}; add the batch dimension with unsqueeze(0)"

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypedDict, TypeVar
 import torch
 import torch.nn.functional as F
 
-from ._checks import FLOATS, check_auxiliary, check_like, shape
+from .._arguments import integer
+from ._checks import check_auxiliary, check_floats, check_like, shape
 
 if TYPE_CHECKING:
     from typing_extensions import Required
@@ -64,6 +65,8 @@ def prepare(
     padding_mode: str = "zeros",
 ) -> tuple:
     """The public functions' arguments → the ops': lists of integers; a padding mode other than zeros is applied."""
+    if not isinstance(act, torch.Tensor):
+        raise TypeError(f"act must be a torch.Tensor, got {type(act).__name__}; convert it with torch.as_tensor")
     if not 3 <= act.dim() <= 5:
         raise ValueError(
             f"act must be [B, C_in, *spatial] with 1 to 3 spatial dimensions, got {shape(act)}; "
@@ -78,6 +81,7 @@ def prepare(
     if padding_mode not in PADDING_MODES:
         raise ValueError(f"padding_mode must be one of {', '.join(PADDING_MODES)}, got {padding_mode!r}")
     if padding_mode != "zeros" and any(pads):
+        _check_padded(act, pads, padding_mode)
         act = F.pad(act, reversed_pairs(pads), mode=padding_mode)
         pads = [0] * len(pads)
     return act, grad, *tensors, kernel_size, stride, pads, dilation, groups, bias
@@ -100,8 +104,21 @@ def reversed_pairs(pads: Sequence[int]) -> list[int]:
     return [pad for i in range(len(pads) - 2, -1, -2) for pad in pads[i : i + 2]]
 
 
+def _check_padded(act: torch.Tensor, pads: Sequence[int], padding_mode: str) -> None:
+    """How far ``torch.nn.functional.pad`` goes: once around, or up to the mirror's other end."""
+    check_floats("act", act)
+    for size, pad in zip(act.shape[2:], (max(pads[i : i + 2]) for i in range(0, len(pads), 2))):
+        most = {"circular": size, "reflect": size - 1}.get(padding_mode, pad if size else 0)
+        if pad > most:
+            raise ValueError(
+                f"padding must be at most {max(most, 0)} with padding_mode={padding_mode!r} for act {shape(act)}, got "
+                f"{pad}; pass the layer's own geometry"
+            )
+
+
 def _ints(name: str, value: Ints, spatial: int, least: int) -> list[int]:
-    values = [value] * spatial if isinstance(value, int) else [int(v) for v in value]
+    given: Sequence[Any] = value if isinstance(value, (list, tuple)) else [value] * spatial
+    values = [v if type(v) is int else integer(name, v) for v in given]
     if len(values) == 1:
         values *= spatial
     if len(values) != spatial or min(values) < least:
@@ -128,8 +145,7 @@ def check_conv(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> None:
     """act [B, C_in, *spatial] and grad [B, C_out, *out_spatial] fit each other and the geometry."""
     kernel_size, stride, padding, dilation, groups, _ = Geometry(*geometry)
     for name, tensor in (("act", act), ("grad", grad)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
+        check_floats(name, tensor)
     spatial = len(kernel_size)
     if len(stride) != spatial or len(dilation) != spatial or len(padding) != 2 * spatial:
         raise ValueError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
-from ._checks import FLOATS, as_rows, check_auxiliary, shape
+from ._checks import as_rows, check_auxiliary, check_floats, shape
 
 INDICES = (torch.int64, torch.int32)
 
@@ -14,8 +14,7 @@ def check_embedding(index: torch.Tensor, grad: torch.Tensor, num_embeddings: int
     """index [B, *] and grad [B, *, D] of a table of ``num_embeddings`` rows; values are for :func:`check_range`."""
     if index.dtype not in INDICES:
         raise TypeError(f"index must be int64 or int32, got {index.dtype}; use index.long()")
-    if grad.dtype not in FLOATS:
-        raise TypeError(f"grad must be float32, float64, bfloat16 or float16, got {grad.dtype}; cast it first")
+    check_floats("grad", grad)
     if index.dim() < 1:
         raise ValueError(f"index must be [B, *], got {shape(index)}; add the batch dimension with unsqueeze(0)")
     if grad.shape[:-1] != index.shape or grad.dim() != index.dim() + 1:

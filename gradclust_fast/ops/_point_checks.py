@@ -8,14 +8,13 @@ import torch
 
 from .. import _native
 from . import _cuda
-from ._checks import FLOATS, accumulator, shape
+from ._checks import accumulator, check_floats, shape
 from ._triton import triton_refuses
 
 
 def check_points(name: str, points: torch.Tensor) -> None:
     """[N, R] of a floating dtype."""
-    if points.dtype not in FLOATS:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {points.dtype}; cast it first")
+    check_floats(name, points)
     if points.dim() != 2:
         raise ValueError(f"{name} must be a matrix with one row per example, got {shape(points)}; flatten(1) it")
 

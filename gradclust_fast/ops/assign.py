@@ -6,7 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
-from ._checks import FLOATS, accumulator, shape
+from ._checks import accumulator, check_floats, shape
 from ._point_checks import (
     check_aux,
     check_counts,
@@ -58,8 +58,7 @@ def assign(
 def _check(
     dot: torch.Tensor, center_sqnorm: torch.Tensor, grad_sqnorm: torch.Tensor, counts: torch.Tensor | None
 ) -> None:
-    if dot.dtype not in FLOATS:
-        raise TypeError(f"dot must be float32, float64, bfloat16 or float16, got {dot.dtype}; cast it first")
+    check_floats("dot", dot)
     if dot.dim() != 2:
         raise ValueError(f"dot must be [B, K], one inner product per example and centre, got {shape(dot)}")
     B, K = dot.shape

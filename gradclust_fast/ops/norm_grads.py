@@ -9,7 +9,7 @@ import torch
 from .. import _native, reference
 from .._dispatch import Op
 from . import _cuda
-from ._checks import FLOATS, accumulator, as_rows, shape
+from ._checks import accumulator, as_rows, check_floats, shape
 from ._triton import triton_loses, triton_refuses
 
 
@@ -63,8 +63,7 @@ def _prepare(
 
 def _check(input: torch.Tensor, grad: torch.Tensor, groups: int, eps: float, rms: bool) -> None:
     for name, tensor in (("input", input), ("grad", grad)):
-        if tensor.dtype not in FLOATS:
-            raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {tensor.dtype}; cast it first")
+        check_floats(name, tensor)
     if input.dim() < 2:
         raise ValueError(
             f"input must be [B, *, D], or [B, C, *] with groups, got {shape(input)}; add the batch dimension with "
