@@ -17,7 +17,7 @@ help:
 	@echo "make test       lint, types and all tests"
 	@echo "make lint       ruff and mypy alone"
 	@echo "make bench      kernel benchmarks of this machine"
-	@echo "make gpu-check  GPU tests and benchmarks, with the torch of \$$(PYTHON), offline"
+	@echo "make gpu-check  GPU tests, bars and benchmarks, with the torch of \$$(PYTHON), offline"
 	@echo "make aot-check  compile the GPU kernels of all benchmark cases without a GPU; registers, spills, tensor cores"
 	@echo "make clean      remove what the other targets made"
 

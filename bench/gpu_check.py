@@ -1,11 +1,12 @@
-"""Everything that needs a GPU, in one offline command: build, tests, compute-sanitizer, benchmarks.
+"""Everything that needs a GPU, in one offline command: build, tests, compute-sanitizer, bars, benchmarks.
 
     python bench/gpu_check.py            (or make gpu-check)
 
 Uses the torch, compiler and tools of the Python that runs it and installs nothing into it. Every stage is a process of
 its own with its own time limit, so one failure, crash or hang hides no other. Writes to ``$OUT`` (default
-``gpu-check-out/``): ``gpu-check.json``, ``gpu-check.log``, ``kernels.json``, ``kernels.csv``. Without a CUDA device it
-says so and goes through the same stages on the CPU, with the shortest timings.
+``gpu-check-out/``): ``gpu-check.json``, ``gpu-check.log``, ``bars.json``, ``bars.csv`` (what the kernels are held to,
+and whole recorded steps), ``kernels.json``, ``kernels.csv``. Without a CUDA device it says so and goes through the
+same stages on the CPU, with the shortest timings; what needs a GPU reads "not measured".
 """
 
 from __future__ import annotations
@@ -19,7 +20,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -43,6 +47,7 @@ class Check:
         self.deadline = time.monotonic() + 60 * minutes
         self.work = Path(tempfile.mkdtemp(prefix="gpu-check-"))
         self.stages: list[Stage] = []
+        self._lock = threading.Lock()
         out.mkdir(parents=True, exist_ok=True)
         self.log = (out / "gpu-check.log").open("w", encoding="utf-8")
         path = os.pathsep.join([str(self.work / "site"), str(ROOT)])  # the installed package, then bench/
@@ -58,10 +63,17 @@ class Check:
         self.record(Stage(name, "not run", 0.0, note))
 
     def record(self, stage: Stage) -> None:
-        self.stages.append(stage)
-        print(f"{stage.outcome:<10} {stage.seconds:6.1f} s  {stage.name}  {stage.note}", flush=True)
-        report = {"device": device_facts(), "stages": [asdict(each) for each in self.stages]}
-        (self.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+        with self._lock:
+            self.stages.append(stage)
+            print(f"{stage.outcome:<10} {stage.seconds:6.1f} s  {stage.name}  {stage.note}", flush=True)
+            report = {"device": device_facts(), "stages": [asdict(each) for each in self.stages]}
+            (self.out / "gpu-check.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    def together(self, groups: list[Callable[[Check], list[Callable[[], object]]]]) -> None:
+        """Stages in which nothing is timed, side by side on a GPU machine, whose processors would else idle."""
+        with ThreadPoolExecutor(6 if self.device == "cuda" else 1) as pool:
+            for done in [pool.submit(stage) for group in groups for stage in group(self)]:
+                done.result()
 
     def run(self, name: str, *command: object, limit: float, accept: tuple[int, ...] = (0,), **variables: str) -> bool:
         """One stage. Its output goes to the log; its last telling line becomes the note."""
@@ -84,8 +96,9 @@ class Check:
             output, _ = process.communicate()
             outcome = "timed out"
         seconds = time.monotonic() - begin
-        self.log.write(f"\n===== {name}: {' '.join(text)}\n{output}\n===== {outcome}, {seconds:.1f} s\n")
-        self.log.flush()
+        with self._lock:
+            self.log.write(f"\n===== {name}: {' '.join(text)}\n{output}\n===== {outcome}, {seconds:.1f} s\n")
+            self.log.flush()
         if outcome != "passed":
             print("\n".join("    | " + line for line in output.splitlines()[-25:]), flush=True)
         lines = [line.strip() for line in output.splitlines() if line.strip()]
@@ -129,7 +142,7 @@ def pytest(*arguments: object) -> list[object]:
     return [sys.executable, "-m", "pytest", *options, *arguments]
 
 
-def run_tests(check: Check) -> None:
+def tests(check: Check) -> list[Callable[[], object]]:
     """test_gpu.py one function a process: an illegal address in one kernel fails every later call of its process."""
     file = ROOT / "tests" / "test_gpu.py"
     functions = [
@@ -137,35 +150,61 @@ def run_tests(check: Check) -> None:
         for line in file.read_text().splitlines()
         if line.startswith("def test_") and "every_op_is_covered" not in line
     ]
-    for function in functions:
-        check.run(f"test_gpu.py::{function}", *pytest(f"{file}::{function}", "-x"), limit=90)
+
+    def run(function: str) -> Callable[[], object]:
+        return lambda: check.run(f"test_gpu.py::{function}", *pytest(f"{file}::{function}", "-x"), limit=120)
+
+    stages = [run(function) for function in functions]
     if check.device == "cuda":
-        arguments = [ROOT / "tests", "-m", "gpu", "--ignore", file]
-        check.run("gpu tests of other files", *pytest(*arguments), limit=90, accept=(0, 5))  # 5: there are none
+        arguments = pytest(ROOT / "tests", "-m", "gpu", "--ignore", file)
+        stages.append(lambda: check.run("gpu tests of other files", *arguments, limit=120, accept=(0, 5)))  # 5: none
+    return stages
 
 
-def run_compiler(check: Check) -> None:
-    """Before the GPU sees a Triton kernel: registers, spills and tensor cores of the first cases of every op."""
+def compiler(check: Check) -> list[Callable[[], object]]:
+    """Registers, spills and tensor cores of the first cases of every op that has a Triton kernel."""
     if importlib.util.find_spec("triton") is None:
-        check.skip("Triton ahead of time", "Triton is not installed")
-        return
+        return [lambda: check.skip("Triton ahead of time", "Triton is not installed")]
     command = [sys.executable, "-m", "bench.aot_check", "--arch", 90, "--cases", 1 if check.device == "cpu" else 2]
-    check.run("Triton ahead of time", *command, limit=120)
+    return [lambda: check.run("Triton ahead of time", *command, limit=180)]
 
 
-def run_sanitizer(check: Check) -> None:
-    sanitizer = shutil.which("compute-sanitizer")
-    if check.device != "cuda" or sanitizer is None:
-        check.skip("compute-sanitizer", "needs a GPU" if sanitizer else "compute-sanitizer is not on PATH")
-        return
+def sanitizer(check: Check) -> list[Callable[[], object]]:
+    tool = shutil.which("compute-sanitizer")
+    if check.device != "cuda" or tool is None:
+        note = "needs a GPU" if tool else "compute-sanitizer is not on PATH"
+        return [lambda: check.skip("compute-sanitizer", note)]
     small = (
         "ragged or all-ones or sequence-gram or nan_stays or 3x3-non-square or depthwise-strided or every-row-repeats"
     )
-    tests = pytest(ROOT / "tests" / "test_gpu.py", "-k", f"({small}) and not float64")
+    chosen = pytest(ROOT / "tests" / "test_gpu.py", "-k", f"({small}) and not float64")
     caching = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}  # every tensor an allocation of its own: its ends are seen
-    for tool in ("memcheck", "racecheck", "initcheck"):
-        command = [sanitizer, "--tool", tool, "--error-exitcode", 9]
-        check.run(f"compute-sanitizer {tool}", *command, *tests, limit=120, **caching)
+
+    def run(kind: str) -> Callable[[], object]:
+        command = [tool, "--tool", kind, "--error-exitcode", 9, *chosen]
+        return lambda: check.run(f"compute-sanitizer {kind}", *command, limit=120, **caching)
+
+    return [run(kind) for kind in ("memcheck", "racecheck", "initcheck")]
+
+
+def run_bars(check: Check) -> None:
+    """What the kernels are held to, a process a bar; on the CPU all in one, where nothing is measured."""
+    command = [sys.executable, "-m", "bench.gpu_bars", "--out", check.out, "--device", check.device]
+    if check.device == "cpu":
+        check.run("bars", *command, limit=180)
+        return
+    listed = subprocess.run(
+        [*map(str, command), "--list"], cwd=check.work, env=check.environment, text=True, capture_output=True
+    )
+    for name in listed.stdout.split():
+        check.run(f"bar {name}", *command, "--bar", name, limit=60)
+
+
+def print_bars(check: Check) -> None:
+    """The table, with the works that no stage came to."""
+    command = [sys.executable, "-m", "bench.gpu_bars", "--out", str(check.out), "--table"]
+    done = subprocess.run(command, cwd=check.work, env=check.environment, text=True, capture_output=True)
+    print(done.stdout or done.stderr, flush=True)
 
 
 def run_benchmarks(check: Check) -> None:
@@ -182,6 +221,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="gpu_check", description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT", ROOT / "gpu-check-out")))
     parser.add_argument("--minutes", type=float, default=7.5, help="stages that would begin later are not run")
+    parser.add_argument("--bars-only", action="store_true", help="build, then the bars alone")
     arguments = parser.parse_args()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     check = Check(arguments.out.resolve(), arguments.minutes, device)
@@ -192,10 +232,12 @@ def main() -> int:
         if build(check):
             code = "import gradclust_fast as gf; print(gf.build_info()); print(gf.__file__)"
             check.run("import", sys.executable, "-c", code, limit=60)
-            run_compiler(check)
-            run_tests(check)
-            run_sanitizer(check)
-            run_benchmarks(check)
+            if not arguments.bars_only:
+                check.together([compiler, tests, sanitizer])
+            run_bars(check)
+            if not arguments.bars_only:
+                run_benchmarks(check)
+        print_bars(check)
     finally:
         check.log.close()
         shutil.rmtree(check.work, ignore_errors=True)

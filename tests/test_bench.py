@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import math
 import sys
@@ -10,7 +11,8 @@ import types
 import pytest
 import torch
 
-from bench import compare, gate, run, scaling
+from bench import compare, gate, gpu_bars, gpu_works, run, scaling
+from bench.gpu_meter import Figure
 from bench.harness import Case, Ceilings, Timing, measure
 
 
@@ -136,3 +138,46 @@ def test_the_floor_counts_the_multiply_add_peak(monkeypatch):
     monkeypatch.setattr(ceilings, "copy_bandwidth", lambda: math.inf)
     assert ceilings.floor(Case("x", "y", lambda: 0, {}, flops=800)) == (2.0, "compute")
     assert ceilings.floor(Case("x", "y", lambda: 0, {}, flops=800, dtype=torch.bfloat16)) == (8.0, "compute")
+
+
+# --- the bars of a GPU --------------------------------------------------------------------------------------------
+
+
+def test_a_bar_is_reached_missed_reported_or_not_measured():
+    outcomes = [
+        Figure("share", 0.5, least=0.45),
+        Figure("share", 0.4, least=0.45),
+        Figure("ratio", 1.3, most=1.25),
+        Figure("ratio", math.nan, most=1.25),
+        Figure("time", 3.0),
+        Figure("share", None, least=0.45),
+        Figure("peer", None, least=1.0, error="not installed"),
+    ]
+    expected = ["reached", "missed", "missed", "missed", "reported", "not measured", "not installed"]
+    assert [figure.outcome for figure in outcomes] == expected
+
+
+def test_without_a_gpu_every_bar_is_gone_through_and_reads_not_measured(tmp_path, monkeypatch, capsys):
+    def broken(meter):
+        yield Figure("first", 1.0, most=2.0)
+        raise RuntimeError("out of luck")
+
+    monkeypatch.setitem(gpu_bars.WORKS, "broken", gpu_works.Work("a broken work", broken))
+    monkeypatch.setattr(gpu_works, "PACKAGES", {})  # the peers' own steps
+    assert gpu_bars.main(["--out", str(tmp_path), "--device", "cpu"]) == 1
+    table = list(csv.DictReader((tmp_path / "bars.csv").read_text().splitlines()))
+    assert {row["name"] for row in table} == set(gpu_bars.WORKS)
+    own = [row for row in table if row["name"] != "broken"]
+    assert all(row["value"] == "not measured" for row in own)
+    assert {row["outcome"] for row in own if "flash-kmeans" not in row["measure"]} == {"not measured"}
+    assert [row["outcome"] for row in table if row["name"] == "broken"] == ["reached", "RuntimeError: out of luck"]
+    bars = {row["bar"] for row in own}
+    assert {"≥ 0.45", "≥ 3", "≤ 0.01", "≥ 0.85", "≥ 0.7", "≥ 1", "≤ 1.25", "≤ 1.4", "≤ 1.1", "≤ 1.15"} <= bars
+
+
+def test_works_that_were_not_run_are_in_the_table(tmp_path, capsys):
+    assert gpu_bars.main(["--out", str(tmp_path), "--device", "cpu", "--bar", "weight-gradient"]) == 0
+    assert gpu_bars.main(["--out", str(tmp_path), "--table"]) == 0
+    printed = capsys.readouterr().out
+    assert "not run" in printed and all(work.work in printed for work in gpu_works.WORKS.values())
+    assert gpu_bars.main(["--list"]) == 0 and capsys.readouterr().out.split() == list(gpu_works.WORKS)

@@ -87,9 +87,9 @@ def group_norm(channels: int) -> nn.Module:
 class Attention(nn.Module):
     """A pre-norm transformer layer out of linear layers and LayerNorms."""
 
-    def __init__(self, d: int, heads: int) -> None:
+    def __init__(self, d: int, heads: int, causal: bool = True) -> None:
         super().__init__()
-        self.norm1, self.norm2, self.heads = nn.LayerNorm(d), nn.LayerNorm(d), heads
+        self.norm1, self.norm2, self.heads, self.causal = nn.LayerNorm(d), nn.LayerNorm(d), heads, causal
         self.qkv, self.proj, self.up, self.down = (
             *(nn.Linear(d, 3 * d), nn.Linear(d, d)),
             *(nn.Linear(d, 4 * d), nn.Linear(4 * d, d)),
@@ -98,22 +98,53 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         B, T, D = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(B, T, 3, self.heads, -1).permute(2, 0, 3, 1, 4).unbind(0)
-        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).reshape(B, T, D)
+        mixed = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal).transpose(1, 2).reshape(B, T, D)
         x = x + self.proj(mixed)
         return x + self.down(F.gelu(self.up(self.norm2(x))))
 
 
 class Transformer(nn.Module):
-    def __init__(self, vocabulary: int, d: int, layers: int, heads: int) -> None:
+    """A language model; with ``positions``, GPT-2's: learned positions, and the table is the output layer's weight."""
+
+    def __init__(self, vocabulary: int, d: int, layers: int, heads: int, positions: int = 0) -> None:
         super().__init__()
         self.table, self.body = nn.Embedding(vocabulary, d), nn.ModuleList(Attention(d, heads) for _ in range(layers))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary)
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=not positions)
+        self.places = nn.Embedding(positions, d) if positions else None
+        if positions:
+            nn.init.normal_(self.table.weight, std=0.02)
+            self.head.weight = self.table.weight
 
     def forward(self, index: Tensor) -> Tensor:
         x = self.table(index)
+        if self.places is not None:
+            x = x + self.places(torch.arange(index.shape[1], device=index.device))
         for layer in self.body:
             x = layer(x)
         return self.head(self.norm(x))
+
+
+class Tokens(nn.Module):
+    """A class token before the patches, and learned positions: bare parameters, in a small module of their own."""
+
+    def __init__(self, length: int, d: int) -> None:
+        super().__init__()
+        self.first, self.places = nn.Parameter(torch.zeros(1, 1, d)), nn.Parameter(torch.zeros(1, length + 1, d))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([self.first.expand(x.shape[0], -1, -1), x], 1) + self.places
+
+
+class VisionTransformer(nn.Module):
+    def __init__(self, side: int, patch: int, d: int, layers: int, heads: int, classes: int) -> None:
+        super().__init__()
+        self.patches, self.tokens = nn.Conv2d(3, d, patch, patch), Tokens((side // patch) ** 2, d)
+        self.body = nn.Sequential(*(Attention(d, heads, causal=False) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, classes)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.tokens(self.patches(x).flatten(2).mT)
+        return self.head(self.norm(self.body(x))[:, 0])
 
 
 def tokens(vocabulary: int, T: int) -> Callable[[int], tuple[Tensor, ...]]:
@@ -173,3 +204,27 @@ TASKS = [
         *(lambda: resnet(RESNET18, 2, nn.BatchNorm2d).eval(), images(3, 32), classify, 32),
     ),
 ]
+
+GPU_TASKS = {
+    "gpt2-small": Task(
+        *("gpt2-small", "GPT-2 small, T=1024"),
+        *(lambda: Transformer(50257, 768, 12, 12, 1024), tokens(50257, 1024), next_token, 8),
+    ),
+    "vit-b": Task(
+        *("vit-b", "ViT-B, 16×16 patches of 224×224"),
+        *(lambda: VisionTransformer(224, 16, 768, 12, 12, 1000), images(3, 224, 1000), classify, 64),
+    ),
+}
+"""What a GPU's bars are set on; GPT-2 in the published sizes, out of plain modules."""
+
+SMALL_TASKS = {
+    "gpt2-small": Task(
+        *("gpt2-small", "the same at a hundredth of the size"),
+        *(lambda: Transformer(50, 16, 2, 2, 12), tokens(50, 12), next_token, 2),
+    ),
+    "vit-b": Task(
+        *("vit-b", "the same at a hundredth of the size"),
+        *(lambda: VisionTransformer(16, 8, 16, 2, 2, 5), images(3, 16, 5), classify, 2),
+    ),
+}
+"""Their stand-ins for a dry run."""

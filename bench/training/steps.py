@@ -28,10 +28,12 @@ def plain(task: Task, model: nn.Module, batch: tuple[Tensor, ...]) -> Callable[[
     return step
 
 
-def recorded(task: Task, model: nn.Module, batch: tuple[Tensor, ...], sketch: gf.Sketch | None = None) -> Step:
+def recorded(
+    task: Task, model: nn.Module, batch: tuple[Tensor, ...], sketch: gf.Sketch | None = None, *, fused: bool = False
+) -> Step:
     def step() -> Tensor:
         model.zero_grad()
-        with gf.record(model, sketch=sketch) as rec:
+        with gf.record(model, sketch=sketch, fused=fused) as rec:
             task.loss(model, *batch).backward()
         return rec.sq_norms
 
