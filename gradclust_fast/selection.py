@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import Call, refuses, registered, route_of
 from .sketching import WRAPPERS
@@ -18,7 +19,8 @@ _WRAPPERS = WRAPPERS | {"module"}
 
 REMEDIES = (
     "leave them out with parameters= (name globs, or a predicate of name and parameter), freeze them with "
-    "requires_grad_(False), or build the layer from types that have a route (gf.coverage(model) lists every parameter)"
+    "requires_grad_(False), give their module a function of its own (gf.register_layer), or build it from types "
+    "that have a route or are recomputed (gf.coverage(model) lists every parameter)"
 )
 
 
@@ -66,9 +68,12 @@ def named_parameters(model: nn.Module) -> list[Named]:
                 entry.owners.append((owner, inside + name))
         for child, submodule in module._modules.items():
             if submodule is not None:
-                # These are never called themselves: the module that holds them uses their parameters.
-                silent = isinstance(submodule, (nn.ParameterList, nn.ParameterDict)) or (
-                    isinstance(module, nn.MultiheadAttention) and child == "out_proj"
+                # These are never called on examples: the module that holds them uses their parameters.
+                silent = (
+                    isinstance(submodule, (nn.ParameterList, nn.ParameterDict))
+                    or (isinstance(module, nn.MultiheadAttention) and child == "out_proj")
+                    or (child == "parametrizations" and is_parametrized(module))
+                    or "parametrizations." in inside
                 )
                 visit(
                     submodule,
@@ -97,8 +102,8 @@ def _matcher(parameters: Parameters, names: list[str]) -> Callable[[str, nn.Para
     for glob in globs:
         if not isinstance(glob, str):
             raise TypeError(
-                f"parameters must be name globs (strings) or a predicate(name, parameter), got {glob!r}; "
-                f"pass names, not the parameters themselves"
+                f"parameters must be name globs (strings) or a predicate(name, parameter), got a "
+                f"{type(glob).__name__}; pass names, not the parameters themselves"
             )
         if not any(fnmatchcase(name, glob) for name in names):
             shown = ", ".join(names[:8]) + (", …" if len(names) > 8 else "")

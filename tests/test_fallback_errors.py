@@ -90,6 +90,24 @@ def test_a_hook_on_the_parameter_does_not_look_like_mixed_examples():
     assert rec.sq_norms.shape == (B,)
 
 
+class Table(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.rows = nn.Parameter(torch.randn(D))
+
+    def forward(self):
+        return self.rows * 2
+
+
+class Positions(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = Table()
+
+    def forward(self, x):
+        return x + self.table()
+
+
 def test_no_batch_packed_sequences_and_changed_inputs_are_refused():
     x = torch.randn(T, B, D)
     packed = nn.utils.rnn.pack_padded_sequence(x, torch.tensor([4, 4, 3, 2, 1]))
@@ -99,9 +117,7 @@ def test_no_batch_packed_sequences_and_changed_inputs_are_refused():
     ):
         r.model(packed)
     refused(nn.LSTM(D, D), x[:, 0], ValueError, r"weight_ih_l0.*without a batch dimension; unsqueeze\(0\)")
-    position = nn.Sequential(nn.Linear(D, D), nn.Linear(D, D))
-    nn.utils.parametrize.register_parametrization(position[0], "weight", nn.Identity())
-    refused(position, x, NotImplementedError, "ParametrizationList is called without a tensor")
+    refused(Positions(), x, NotImplementedError, "table.rows: Table is called without a tensor")
     model = nn.Sequential(nn.Identity(), nn.GRU(D, D))
     with pytest.raises(RuntimeError, match=r"1.weight_ih_l0.*modified in place"), gf.record(model):
         out = model(x)[0]

@@ -323,7 +323,7 @@ def test_watch_backward_checks_its_losses():
         ({"batch_size": True}, TypeError, "must be an integer, got True"),
         ({"batch_size": -1}, ValueError, "must be at least 0, got -1"),
         ({"parameters": "heads.*"}, ValueError, r"the glob 'heads.\*' matches none .*0.weight"),
-        ({"parameters": [nn.Parameter(torch.ones(1))]}, TypeError, "pass names, not the parameters"),
+        ({"parameters": [nn.Parameter(torch.ones(1))]}, TypeError, "got a Parameter; pass names, not the parameters"),
         ({"parameters": 3}, TypeError, "parameters must be name globs or a predicate"),
         ({"parameters": lambda name, p: False}, ValueError, "no trainable parameter to record"),
     ],

@@ -10,7 +10,7 @@ from __future__ import annotations
 import inspect
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import combinations
 from typing import Any
@@ -82,6 +82,8 @@ class ModuleCall:
         self.autocast = (device, torch.get_autocast_dtype(device), torch.is_autocast_enabled(device))
         self.vectorised = True
         self.outputs: list[Tensor] = []
+        # In train mode a forward may move them on (spectral_norm); running it again starts where it started.
+        self.buffers = _copies(module) if module.training else None
 
     def finish(self, output: Any, again: bool = True) -> list[Tensor]:
         """Takes the module's result; returns its tensors that carry a gradient.
@@ -110,7 +112,7 @@ class ModuleCall:
         return found
 
     def release(self) -> None:
-        self.leaves, self.outputs = [], []
+        self.leaves, self.outputs, self.buffers = [], [], None
 
     def check_versions(self, names: str) -> None:
         for leaf, version in zip(self.leaves, self.versions):
@@ -219,7 +221,7 @@ class ModuleCall:
         asked = [i for i, grad in enumerate(grads) if grad is not None]
         cotangents = [self._examples(i, grads[i].to(self.outputs[i].dtype)) for i in asked]  # type: ignore[union-attr]
         parameters = {name: p.detach() for name, p in self.parameters.items()}
-        buffers = {name: buffer.clone() for name, buffer in self.module.named_buffers()}
+        buffers = _copies(self.module) if self.buffers is None else self.buffers
         made = {
             name: p.new_empty(self.B, *p.shape, dtype=accumulator(p.dtype))  # [B, *shape]
             for name, p in parameters.items()
@@ -230,8 +232,9 @@ class ModuleCall:
             for i, leaf in zip(batched, own):
                 everything[i] = leaf
             args, kwargs = tree_unflatten(everything, self.spec)
+            state = buffers if self.buffers is None else {name: buffer.clone() for name, buffer in buffers.items()}
             with _flat_weights(self.module, parameters):
-                out = functional_call(self.module, {**buffers, **parameters}, args, kwargs)
+                out = functional_call(self.module, {**state, **parameters}, args, kwargs)
             found, _ = tree_flatten(out)
             return [found[self.places[i]] for i in asked]
 
@@ -258,6 +261,7 @@ class ModuleCall:
         device, dtype, enabled = self.autocast
         with ExitStack() as stack:
             stack.enter_context(torch.autocast(device, dtype, enabled=enabled))
+            stack.enter_context(_same_attributes(self.module))
             stack.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", "There is a performance drop because we have not yet implemented")
             for start in range(0, self.B, chunk):
@@ -316,6 +320,22 @@ class ModuleCall:
 
 def _version(leaf: Any) -> int | None:
     return leaf._version if isinstance(leaf, Tensor) and not leaf.is_inference() else None
+
+
+def _copies(module: nn.Module) -> dict[str, Tensor]:
+    return {name: buffer.detach().clone() for name, buffer in module.named_buffers()}
+
+
+@contextmanager
+def _same_attributes(module: nn.Module) -> Iterator[None]:
+    """What modules set on themselves (attention maps, an old weight_norm's weight) stays as the forward left it."""
+    before = [(child, dict(vars(child))) for child in module.modules()]
+    try:
+        yield
+    finally:
+        for child, attributes in before:
+            vars(child).clear()
+            vars(child).update(attributes)
 
 
 class _flat_weights:
