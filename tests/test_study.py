@@ -30,6 +30,7 @@ from gradclust_fast.study.problems import (
     random_features,
 )
 from gradclust_fast.study.progress import display
+from gradclust_fast.study.report import cross_check
 
 needs_digits = pytest.mark.skipif(importlib.util.find_spec("sklearn") is None, reason="needs scikit-learn")
 ROOT = Path(__file__).resolve().parents[1]
@@ -301,6 +302,17 @@ def test_the_report_holds_every_row_with_its_verdicts(tmp_path, capsys):
     assert (tmp_path / "summary.csv").read_text().splitlines()[
         1
     ] == "R99,low enough,0.2,0.5 (0.5 to 0.5),≤ 0.6,pass (2 of 3 seeds)"
+
+
+def test_the_report_counts_monte_carlo_values_that_are_far_off():
+    lines = [
+        {"variance": 1.0, "mc_variance": 1.0 + off * 0.1, "mc_variance_error": 0.1, "mc_draws": 30, "ratio": 0.5}
+        for off in (0.5, -1.5, 2.5, -4.0)
+    ]
+    close, far = cross_check(Table(lines[:3])), cross_check(Table(lines))
+    assert "2 of 3 variances within two standard errors, the furthest at 2.5." in close and "beyond" not in close
+    assert "2 of 4" in far and "Of the 1 beyond three, 1 read too low" in far
+    assert cross_check(Table([{"variance": 1.0}])) == ""
 
 
 def test_progress_is_shown_on_a_terminal(monkeypatch, capsys):

@@ -146,12 +146,19 @@ def cross_check(table: Table) -> str:
     drawn = [r for r in table if (r.get("mc_variance_error") or 0) > 0 and (r.get("ratio") or 0) > 1e-9]
     if not drawn:
         return ""
-    off = [abs(r["mc_variance"] - r["variance"]) / r["mc_variance_error"] for r in drawn]
-    within = sum(value <= 2 for value in off)
-    return (
+    off = [(r["mc_variance"] - r["variance"]) / r["mc_variance_error"] for r in drawn]
+    within = sum(abs(value) <= 2 for value in off)
+    far = [value for value in off if abs(value) > 3]
+    text = (
         f"Monte Carlo beside the exact figures ({drawn[0]['mc_draws']} mini-batches each): {within} of {len(off)} "
-        f"variances within two standard errors, the furthest at {max(off):.1f}."
+        f"variances within two standard errors, the furthest at {max(map(abs, off)):.1f}."
     )
+    if far:
+        text += (
+            f" Of the {len(far)} beyond three, {sum(value < 0 for value in far)} read too low: where few examples make "
+            f"most of the variance, mini-batches that miss them lower the standard error as well."
+        )
+    return text
 
 
 def _sentence(text: str) -> str:
