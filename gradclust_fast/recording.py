@@ -137,12 +137,13 @@ class record(Watch):
 
     def __enter__(self) -> record:
         super().__enter__()
-        self._shapes = {entry.name: entry.parameter.shape for entry in self._every}
-        self._device = self._every[0].parameter.device
-        self._parameters_by_name = {entry.name: entry.parameter for entry in self._every}
-        distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
-        # `.grad` tells ‖ĝ‖² later and for nothing, unless it also holds other backwards or other ranks.
-        self._eager = distributed or any(p.grad is not None for p in self._parameters_by_name.values())
+        with torch._C.DisableTorchFunction():  # the open watch would look at each of these parameters
+            self._shapes = {entry.name: entry.parameter.shape for entry in self._every}
+            self._device = self._every[0].parameter.device
+            self._parameters_by_name = {entry.name: entry.parameter for entry in self._every}
+            distributed = torch.distributed.is_available() and torch.distributed.is_initialized()
+            # `.grad` tells ‖ĝ‖² later and for nothing, unless it also holds other backwards or other ranks.
+            self._eager = distributed or any(p.grad is not None for p in self._parameters_by_name.values())
         return self
 
     # --- one backward ----------------------------------------------------------------------------------------------
@@ -180,8 +181,8 @@ class record(Watch):
         rows.B = run.B
         scale = self._loss_scale.get_scale() if hasattr(self._loss_scale, "get_scale") else self._loss_scale
         rows.factor = (run.B if self._mean else 1) / scale
-        for norms in rows.sq_norms.values():
-            norms.mul_(rows.factor**2)
+        if rows.sq_norms:
+            torch._foreach_mul_(list(rows.sq_norms.values()), rows.factor**2)
         for vectors in rows.sketches.values():
             vectors.mul_(rows.factor)
         if rows.gram is not None:
@@ -223,8 +224,11 @@ class record(Watch):
     @property
     def sq_norms(self) -> torch.Tensor:
         """[B] ‖∇ℓ_b‖² over all recorded parameters."""
-        norms = list(self.sq_norms_by_parameter.values())
-        return torch.stack([n.to(torch.promote_types(n.dtype, norms[0].dtype)) for n in norms]).sum(0)
+        passes = self._results("sq_norms", "sq_norms=True")
+        by_parameter = passes[0].sq_norms if len(passes) == 1 else self.sq_norms_by_parameter
+        norms = [by_parameter[name] for name in self.names if name in by_parameter]
+        like = norms[0]
+        return torch.stack([n.to(like.device, torch.promote_types(n.dtype, like.dtype)) for n in norms]).sum(0)
 
     @property
     def fused_parameters(self) -> list[str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import lru_cache
 
 from torch import nn
 
@@ -33,18 +34,20 @@ CALLS: tuple[type[Call], ...] = (
 ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
 
 
+@lru_cache(maxsize=256)
+def _knowing(kind: type[nn.Module]) -> tuple[tuple[type[Call], tuple[str, ...]], ...]:
+    """The layer types that know a module type or a base of it, with the names of its parameters."""
+    return tuple((call, names) for call in CALLS for known, names in call.modules.items() if issubclass(kind, known))
+
+
 def refuses(module: nn.Module, name: str) -> bool:
     """Whether a layer type knows this module and says that it has no per-example gradients the way it is set up."""
-    return any(
-        isinstance(module, kind) and name in names and not call.accepts(module)
-        for call in CALLS
-        for kind, names in call.modules.items()
-    )
+    return any(name in names and not call.accepts(module) for call, names in _knowing(type(module)))
 
 
 def route_of(module: nn.Module, name: str) -> type[Call] | None:
     """How the parameter ``name`` of this module is used, or None where no layer type says so."""
-    return next((call for call in CALLS if call.owns(module, name)), None)
+    return next((call for call, _ in _knowing(type(module)) if call.owns(module, name)), None)
 
 
 __all__ = [
