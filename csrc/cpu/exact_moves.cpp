@@ -6,6 +6,7 @@
 //     decided in float64. Most rows stay without any. A move corrects the products of the block's later rows, so the
 //     outcome is that of one row after the other, whatever the block length and the number of threads. Blocks shrink
 //     as more rows move: corrections cost (rows left in the block) per move, a short block a repacking per move.
+//     Where few rows move, the workers screen the rows of their chunk: late sweeps lose the serial pass over all costs.
 //     Rows are met in random order: they are fetched while the rows before them are multiplied.
 #include "center_dots.h"
 #include "cluster.h"
@@ -15,7 +16,7 @@
 namespace gradclust::GRADCLUST_ISA {
 namespace {
 
-constexpr int64_t LONGEST = 192, SHORTEST = 48, PIECE = 1024, GROUP = 4;
+constexpr int64_t LONGEST = 192, SHORTEST = 48, PIECE = 1024, GROUP = 4, FEW = 12;
 constexpr int L64 = LANES<double>, L32 = LANES<float>;
 constexpr float INFINITE = __builtin_inff();
 
@@ -68,6 +69,7 @@ struct ExactMoves {
   double *gross_n, *gross_q;               // N_k and Q_k as if rows that left since the block began still counted
   int64_t* changed;                        // clusters whose panel column is out of date
   unsigned char* is_changed;
+  unsigned char* screened;  // of the block's rows: whether one may have moved when the block began
   int64_t num_changed = 0;
   double scale = 1, error = 0, tie = 0;
   bool narrow = true;  // the shifted points and their scale are well inside float32's range
@@ -106,6 +108,7 @@ struct ExactMoves {
     gross_q = arena.take<double>(K);
     changed = arena.take<int64_t>(K);
     is_changed = arena.take<unsigned char>(K);
+    screened = arena.take<unsigned char>(LONGEST);
     tie = double(R + 8) * 0x1p-52;
     // The product sums R terms and each of a block's corrections R more and one rounding; the rest is a few additions.
     // Far above the float64 side's error, so a cluster left out here cannot tie there.
@@ -332,7 +335,20 @@ struct ExactMoves {
           if (++line == lines) line = 0, ++next;
         }
       });
+      for (int64_t i = p; i < end; ++i) screened[i] = may_move(dots + i * width, x_sqnorm[i], labels[order[first + i]]);
     });
+  }
+
+  // The same question after moves in the row's block, if the answer was no before them: only costs of clusters that changed
+  // since, and the bound if its own did, are others now.
+  bool still_may_not(const float* dot, float x2, int64_t own) const {
+    if (is_changed[own]) return false;
+    float bound = high_n[own] * x2 + high_q[own] - 2 * dot[own];
+    for (int64_t c = 0; c < num_changed; ++c) {
+      int64_t k = changed[c];
+      if (low_n[k] * x2 + low_q[k] - 2 * dot[k] <= bound) return false;
+    }
+    return true;
   }
 
   // Is any cluster's cost possibly as small as the largest that the own one's can be?
@@ -457,7 +473,8 @@ struct ExactMoves {
       for (int64_t p = 0; p < length; ++p) {
         int64_t i = order[first + p], own = labels[i];
         const float* products = dots + p * width;
-        if (!may_move(products, x_sqnorm[p], own)) continue;
+        if (!screened[p] && num_changed <= FEW && still_may_not(products, x_sqnorm[p], own)) continue;
+        if (num_changed && !may_move(products, x_sqnorm[p], own)) continue;
         Choice choice = choose(i, products, x_sqnorm[p], own, row, candidates, cost, magnitude);
         if (choice.cluster == own) continue;
         update_cluster(own, i, row, -1);
