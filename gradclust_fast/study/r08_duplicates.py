@@ -88,6 +88,6 @@ ROW = Row(
         "snapshot every 500; lr .02, momentum .9",
     },
     paper="GC's variance is a third of that of a batch of twice the size.",
-    remarks="The Monte Carlo value furthest off, SG-2B on the digits with seed 0, reads 0.996 of the exact figure, within a "
-    "fifth of its standard error, when 3000 mini-batches are drawn instead of 30.",
+    remarks="The Monte Carlo value furthest off, SG-2B on the digits with seed 0, reads 0.996 of the exact figure, "
+    "within a fifth of its standard error, when 3000 mini-batches are drawn instead of 30.",
 )
