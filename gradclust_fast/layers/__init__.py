@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import lru_cache
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -34,10 +34,16 @@ CALLS: tuple[type[Call], ...] = (
 ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
 
 
-@lru_cache(maxsize=256)
-def _knowing(kind: type[nn.Module]) -> tuple[tuple[type[Call], tuple[str, ...]], ...]:
+_known: WeakKeyDictionary[type, tuple[tuple[type[Call], tuple[str, ...]], ...]] = WeakKeyDictionary()
+
+
+def _knowing(kind: type) -> tuple[tuple[type[Call], tuple[str, ...]], ...]:
     """The layer types that know a module type or a base of it, with the names of its parameters."""
-    return tuple((call, names) for call in CALLS for known, names in call.modules.items() if issubclass(kind, known))
+    found = _known.get(kind)
+    if found is None:
+        found = tuple((call, names) for call in CALLS for base, names in call.modules.items() if issubclass(kind, base))
+        _known[kind] = found
+    return found
 
 
 def refuses(module: nn.Module, name: str) -> bool:
