@@ -204,8 +204,9 @@ def losses_of(
     if forward is not None:
         losses, source = forward(model, batch), "forward"
     else:
-        if loss_fn is None:
-            raise TypeError("loss_fn must be a function of (output, target), got None; or pass forward=")
+        if not callable(loss_fn):
+            got = "None" if loss_fn is None else type(loss_fn).__name__
+            raise TypeError(f"loss_fn must be a function of (output, target), got {got}; or pass forward=")
         if not isinstance(batch, (tuple, list)) or len(batch) != 2:
             raise TypeError(
                 f"loss_fn needs batches (input, target), got {type(batch).__name__}; pass "

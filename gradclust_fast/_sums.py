@@ -244,6 +244,13 @@ def snapshot_of(model: nn.Module, estimator: Any) -> nn.Module:
     """An estimator's snapshot as a module; raises where it is none of this model."""
     snapshot = estimator.snapshot
     if isinstance(snapshot, Mapping):
+        mine = {name: p.data_ptr() for name, p in model.named_parameters() if p.requires_grad and p.numel()}
+        alias = [n for n, t in snapshot.items() if isinstance(t, Tensor) and n in mine and t.data_ptr() == mine[n]]
+        if alias:
+            raise ValueError(
+                f"{estimator.name}: snapshot shares the memory of {len(alias)} parameters with the model ({alias[0]}), "
+                f"so nothing would differ; take it with copy.deepcopy(model.state_dict())"
+            )
         copied = copy.deepcopy(model)
         try:
             copied.load_state_dict(snapshot)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Sequence
@@ -44,7 +45,16 @@ def build_model(spec: str) -> torch.nn.Module:
         if not hasattr(target, part):
             raise SystemExit(f"gradclust coverage: {name} has no {attribute!r}")
         target = getattr(target, part)
-    model = target if isinstance(target, torch.nn.Module) else target() if callable(target) else target
+    model = target
+    if callable(target) and not isinstance(target, torch.nn.Module):
+        try:
+            inspect.signature(target).bind()
+        except TypeError as error:
+            raise SystemExit(
+                f"gradclust coverage: {spec} must be callable without arguments ({error}); name a function that builds "
+                f"the model"
+            ) from None
+        model = target()
     if not isinstance(model, torch.nn.Module):
         raise SystemExit(f"gradclust coverage: {spec} must give a torch.nn.Module, got {type(model).__name__}")
     return model

@@ -266,6 +266,7 @@ class StratifiedBatchSampler(Sampler[list[int]]):
                     "has not seen yet); pass the number of batches that training has consumed in this epoch"
                 )
             batches_done = self._skip
+        batches_done = integer("batches_done", batches_done)
         if not 0 <= batches_done <= len(self):
             raise ValueError(f"batches_done must be in 0..{len(self)} (batches per epoch), got {batches_done}")
         return {
@@ -298,8 +299,13 @@ class StratifiedBatchSampler(Sampler[list[int]]):
                     f"the saved sampler has {name}={state[name]!r}, this one {getattr(self, name)!r}; the batches "
                     f"would differ: make this sampler with the saved value"
                 )
-        self.seed = state["seed"]
-        strata, self._uniform = Strata.from_state_dict(state["strata"]), state["uniform"]
+        strata = Strata.from_state_dict(state["strata"])
+        if len(strata) != len(self.strata):
+            raise ValueError(
+                f"the saved sampler is of {len(strata)} examples, this one of {len(self.strata)}; make this sampler "
+                f"for the data set of the saved one"
+            )
+        self.seed, self._uniform = state["seed"], state["uniform"]
         self._plan, self._tables = self._uniform_plan(strata) if self._uniform else self._plan_for(strata), {}
         self._guard = Guard.from_state_dict(state["guard"])
         following = state["next_strata"]

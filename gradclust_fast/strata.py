@@ -82,7 +82,7 @@ class Strata:
             >>> strata.variance.tolist(), strata.distortion
             ([1.0, 0.0], 4.0)
         """
-        strata = cls(labels, num_clusters)
+        strata, points = cls(labels, num_clusters), torch.as_tensor(points).detach()
         N, K = len(strata.labels), num_clusters
         if points.dim() != 2 or len(points) != N:
             raise ValueError(f"points must be [N, R] with N={N} (from labels), got {list(points.shape)}")

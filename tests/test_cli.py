@@ -142,6 +142,7 @@ def test_coverage_prints_a_table_and_fails_where_a_parameter_has_no_route(tmp_pa
                 def __init__(self):
                     super().__init__()
                     self.scale = torch.nn.Parameter(torch.ones(3))
+            def needs(width): return torch.nn.Linear(width, 2)
             number = 3
             """
         )
@@ -154,6 +155,7 @@ def test_coverage_prints_a_table_and_fails_where_a_parameter_has_no_route(tmp_pa
     assert cli.main(["coverage", "users_models:Odd"]) == (0 if gf.coverage(_odd()).complete else 1)
     assert "scale" in capsys.readouterr().out
     for spec, message in (
+        ("users_models:needs", "users_models:needs must be callable without arguments .*'width'"),
         ("users_models:number", "must give a torch.nn.Module, got int"),
         ("users_models:nothing", "users_models has no 'nothing'"),
         ("no_such_module:x", "no module 'no_such_module' in "),

@@ -95,6 +95,15 @@ def test_dot_with_factored_centres(factors, rank):
     close(factors.dot(left, right), torch.einsum("brc,krc->bk", explicit(factors), centres))
 
 
+@pytest.mark.parametrize("shape", [(0,), (0, 5), (3, 0)])
+def test_parameters_without_elements_have_zero_inner_products(shape):
+    factors = DenseFactors(torch.zeros(4, *shape))
+    rows, cols = factors.matrix_shape
+    for middle in ((), (2,)):
+        dot = factors.dot(torch.ones(3, *middle, rows), torch.ones(3, *middle, cols))
+        assert torch.equal(dot, torch.zeros(4, 3))
+
+
 def test_rank1_is_mean_activation_and_summed_gradient(factors):
     if isinstance(factors, DenseFactors):
         a, d = factors.rank1()

@@ -246,6 +246,16 @@ def test_a_sampler_keeps_its_strata_when_the_object_is_reloaded():
     assert sum(i < 3 for i in next(iter(sampler))) == 1
 
 
+def test_the_state_of_another_data_set_is_refused():
+    sampler = gf.StratifiedBatchSampler(gf.Strata([0, 0, 0, 1], 2), 2, seed=7)
+    other = gf.StratifiedBatchSampler(gf.Strata([0, 0, 0, 1, 1], 2), 2)
+    with pytest.raises(ValueError, match="saved sampler is of 5 examples, this one of 4"):
+        sampler.load_state_dict(other.state_dict())
+    assert sampler.seed == 7 and len(sampler.strata) == 4
+    with pytest.raises(TypeError, match="batches_done must be an integer, got 'two'"):
+        sampler.state_dict("two")
+
+
 # --- ranks
 
 

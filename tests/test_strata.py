@@ -231,3 +231,10 @@ def test_fixed_size_design_stays_exact_for_many_units():
     np.testing.assert_allclose(covariance.sum(1), 0, atol=1e-10)  # the size is fixed
     np.testing.assert_allclose(np.diag(covariance), pi * (1 - pi), rtol=1e-9)
     assert len(weight) <= 8
+
+
+def test_points_may_be_lists_and_carry_a_graph():
+    strata = gf.Strata.from_points([[0.0], [2.0], [5.0]], [0, 0, 1], 2)
+    graph = gf.Strata.from_points(torch.tensor([[0.0], [2.0], [5.0]], requires_grad=True), [0, 0, 1], 2)
+    assert strata.distortion == graph.distortion == 4.0
+    assert not graph.means.requires_grad

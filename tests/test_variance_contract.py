@@ -93,6 +93,12 @@ class Blowup(torch.autograd.Function):
         ),
         (lambda m, d: gf.gradient_stats(m, TensorDataset(torch.zeros(0, 5)), loss_fn), ValueError, "empty"),
         (lambda m, d: gf.gradient_stats(m, d), TypeError, "loss_fn must be"),
+        (lambda m, d: gf.gradient_stats(m, d, 3), TypeError, "loss_fn must be a function.*got int"),
+        (
+            lambda m, d: gf.compare_estimators(m, d, loss_fn, [gf.SVRG(4, m.state_dict())]),
+            ValueError,
+            r"snapshot shares the memory of \d+ parameters.*deepcopy\(model.state_dict\(\)\)",
+        ),
         (lambda m, d: gf.gradient_stats(m, d, loss_fn, mode="test"), ValueError, "'eval' or 'train'"),
         (lambda m, d: gf.gradient_stats(m, d, loss_fn, parameters="x.*"), ValueError, "x.*"),
         (lambda m, d: gf.gradient_stats(m, d, loss_fn).normalized_variance(24, replacement=False), ValueError, "N=23"),

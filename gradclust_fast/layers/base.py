@@ -176,7 +176,8 @@ class DenseFactors(Factors):
     def dot(self, center_rows: torch.Tensor, center_cols: torch.Tensor) -> torch.Tensor:
         rows, cols = self.matrix_shape
         K = center_rows.shape[0]
-        left, right = (c.to(self.dtype).reshape(K, -1, n) for c, n in ((center_rows, rows), (center_cols, cols)))
+        rank = center_rows.shape[1] if center_rows.dim() == 3 else 1
+        left, right = (c.to(self.dtype).reshape(K, rank, n) for c, n in ((center_rows, rows), (center_cols, cols)))
         centres = left.mT @ right  # [K, rows, cols]
         return self._flat() @ centres.reshape(K, rows * cols).mT
 
