@@ -36,6 +36,26 @@ void bind_cuda(py::module_& m) {
                                pointer<int64_t>(begin), pointer<int64_t>(counts), pointer<double>(partial),
                                pointer(sums), pointer(stream)));
   }, nogil());
+  using SortedTuple = std::array<uintptr_t, 3>;  // labels, rows, begin
+  auto sorted = [](const SortedTuple& t) {
+    return SortedRows{pointer<int32_t>(t[0]), pointer<int64_t>(t[1]), pointer<int64_t>(t[2])};
+  };
+  m.def("exact_moves_cuda_workspace", &exact_moves_cuda_workspace);
+  m.def("cluster_objective_cuda", [=](const RowsTuple& points, const SortedTuple& at, int64_t K, uintptr_t workspace,
+                                      uintptr_t arrived, uintptr_t J, uintptr_t stream) {
+    raise_if(cluster_objective_cuda(rows(points), sorted(at), K, pointer<double>(workspace), pointer<uint64_t>(arrived),
+                                    pointer<double>(J), pointer(stream)));
+  }, nogil());
+  m.def("exact_moves_cuda", [=](const RowsTuple& points, const SortedTuple& at, int64_t K, uintptr_t center,
+                                uintptr_t order, double tie, uintptr_t workspace, uintptr_t arrived, uintptr_t labels,
+                                uintptr_t stream) {
+    raise_if(exact_moves_cuda(rows(points), sorted(at), K, pointer<double>(center), pointer<int64_t>(order), tie,
+                              pointer<double>(workspace), pointer<uint64_t>(arrived), pointer<int64_t>(labels),
+                              pointer(stream)));
+  }, nogil());
+  m.def("visiting_keys_cuda", [](uintptr_t key, int64_t N, int64_t seed, uintptr_t stream) {
+    raise_if(visiting_keys_cuda(pointer<int64_t>(key), N, seed, pointer(stream)));
+  }, nogil());
   m.def("random_signs_cuda", [](uintptr_t out, int dtype, int64_t rows, int64_t cols, uint32_t key0, uint32_t key1,
                                 double scale, bool transposed, uintptr_t stream) {
     raise_if(random_signs_cuda(pointer(out), DType(dtype), rows, cols, key0, key1, scale, transposed, pointer(stream)));

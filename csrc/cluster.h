@@ -1,5 +1,5 @@
 // Clustering of dense rows. Launchers; the kernels are in cpu/assign.cpp, cpu/assign_points.cpp, cpu/cluster_sums.cpp
-// and cpu/exact_moves.cpp, and in cuda/cluster_sums.cu. Workspaces are the caller's: with workspace = nullptr a launcher only writes to *bytes.
+// and cpu/exact_moves.cpp, in cuda/cluster_sums.cu and cuda/exact_moves.cu. Workspaces are the caller's: with workspace = nullptr a launcher only writes to *bytes.
 #pragma once
 #include "launch.h"
 #include "types.h"
@@ -37,5 +37,28 @@ const char* cluster_sums_cuda(const Rows& points, const int32_t* sorted, const i
 // points' squares are not, and then nothing was moved.
 GRADCLUST_CPU_LAUNCHER(exact_moves_cpu, const Rows& points, const double* center, const int64_t* order, int64_t K,
                        int64_t* labels, double* J, int64_t* moved, void* workspace, int64_t* bytes, int threads)
+
+// Rows by cluster: their labels sorted [N] and their numbers in that order [N]; begin [K + 1] is filled by
+// cluster_objective_cuda, and exact_moves_cuda reads it.
+struct SortedRows {
+  const int32_t* labels;
+  const int64_t* rows;
+  int64_t* begin;
+};
+
+// Doubles of workspace: enough for either of the two.
+int64_t exact_moves_cuda_workspace(int64_t N, int64_t R, int64_t K);
+
+// J [1], and arrived [1], zero on entry. One launch each. Returns an error text, or nullptr.
+const char* cluster_objective_cuda(const Rows& points, const SortedRows& at, int64_t K, double* workspace,
+                                   uint64_t* arrived, double* J, void* stream);
+
+// center [R] float64, order [N], labels [N] as sorted in `at`; they are moved in place.
+const char* exact_moves_cuda(const Rows& points, const SortedRows& at, int64_t K, const double* center,
+                             const int64_t* order, double tie, double* workspace, uint64_t* arrived, int64_t* labels,
+                             void* stream);
+
+// key [N]: 62 random bits of (seed, i); sorted, they are the visiting order.
+const char* visiting_keys_cuda(int64_t* key, int64_t N, int64_t seed, void* stream);
 
 }  // namespace gradclust

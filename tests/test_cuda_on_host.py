@@ -61,6 +61,22 @@ def test_what_a_gpu_would_not_forgive_is_an_error_with_the_kernels_name(emulator
         assert reverse(emulator, "none", order), "a failed launch must not spoil the next"
 
 
+def neighbours(emulator, fault: str, order: int) -> bool:
+    """Whether blocks of a cooperative launch read what the others wrote."""
+    emulator.set_order(order)
+    values, between, out = torch.arange(96.0), torch.full((96,), float("nan")), torch.full((96,), float("nan"))
+    emulator.neighbours(values.data_ptr(), between.data_ptr(), out.data_ptr(), 3, FAULTS.index(fault))
+    return torch.equal(out, values.roll(1))
+
+
+@pytest.mark.parametrize("order", ORDERS)
+def test_blocks_of_a_cooperative_launch_wait_for_each_other(emulator, order):
+    assert neighbours(emulator, "none", order)
+    assert not neighbours(emulator, "no_barrier", order)
+    with pytest.raises(RuntimeError, match=r"neighbours_kernel \(test\): .*others never reach"):
+        neighbours(emulator, "early_exit", order)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize(

@@ -33,6 +33,8 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
     "conv_moments_tensor_kernel": 255,  # three sums of a tile
     "conv_moments_scalar_kernel": 255,
     "conv_moments_correlate_kernel": 128,
+    "exact_moves_sweep_kernel": 128,  # two blocks of 256
+    "cluster_objective_kernel": 128,
     "embedding_sqnorm_kernel": 64,  # two blocks of 512
     "cluster_sums_pieces_kernel": 64,  # four blocks of 256
     "grad_sqnorm_rank1_kernel": 64,
@@ -80,3 +82,9 @@ def test_tiles_use_asynchronous_copies_matrix_loads_and_tensor_cores():
     for text in tiles:
         assert "LDGSTS" in text and "HMMA" in text
         assert ("LDSM" in text) == ("kernelIf" not in text.split("\n", 1)[0]), "float32 has no transposing matrix load"
+
+
+def test_sweeps_of_exact_moves_take_float64_tensor_cores():
+    functions = re.split(r"\n\s*Function : ", dump("--dump-sass"))
+    sweeps = [text for text in functions[1:] if "exact_moves_sweep_kernel" in text.split("\n", 1)[0]]
+    assert sweeps and all("DMMA" in text for text in sweeps)

@@ -1,28 +1,15 @@
 // Sums and sizes of clusters on CUDA devices, from row numbers sorted by cluster.
 //
-// v1  A block adds up to PIECE rows of one cluster: 16-byte loads, several rows side by side, float64 sums. A second kernel
-//     adds a cluster's pieces in ascending order, so there is no atomic and the bits never change; a cluster that holds
-//     all rows fills the device like many small ones. Reads every row once. Not measured yet.
+// v1  A block adds up to CLUSTER_PIECE rows of one cluster: 16-byte loads, several rows side by side, float64 sums. A second
+//     kernel adds a cluster's pieces in ascending order, so there is no atomic and the bits never change; a cluster that
+//     holds all rows fills the device like many small ones. Reads every row once. Not measured yet.
 #include "cluster.h"
-#include "common.cuh"
+#include "cluster_pieces.cuh"
 
 namespace gradclust {
 namespace {
 
-constexpr int THREADS = 256, PIECE = CLUSTER_PIECE;
-
-// The first position in `sorted` [n] whose label is at least k.
-__device__ int64_t lower_bound(const int32_t* __restrict__ sorted, int64_t n, int64_t k) {
-  int64_t low = 0, high = n;
-  while (low < high) {
-    int64_t middle = (low + high) / 2;
-    if (sorted[middle] < k)
-      low = middle + 1;
-    else
-      high = middle;
-  }
-  return low;
-}
+constexpr int THREADS = 256;
 
 // begin [K + 1], counts [K].
 __global__ void cluster_sums_segments_kernel(const int32_t* __restrict__ sorted, int64_t N, int64_t K,
@@ -33,32 +20,21 @@ __global__ void cluster_sums_segments_kernel(const int32_t* __restrict__ sorted,
   if (k < K) counts[k] = lower_bound(sorted, N, k + 1) - begin[k];
 }
 
-// Cluster k's pieces have the slots from here on: at least as many as it needs, without a scan over the clusters.
-__device__ int64_t first_slot(const int64_t* __restrict__ begin, int64_t k) { return begin[k] / PIECE + k; }
-
 // One piece's sums → partial [slots, R]. `columns` threads lie side by side along a row, the others take further rows.
 template <typename in_t, int WIDTH>
 __global__ void __launch_bounds__(THREADS, 4)
     cluster_sums_pieces_kernel(Rows points, const int64_t* __restrict__ order, const int64_t* __restrict__ begin,
                                int64_t K, int columns, double* __restrict__ partial) {
-  int64_t slot = blockIdx.x, low = 0, high = K;  // the last cluster whose slots begin here or before
-  while (high - low > 1) {
-    int64_t middle = (low + high) / 2;
-    if (first_slot(begin, middle) <= slot)
-      low = middle;
-    else
-      high = middle;
-  }
-  int64_t first = begin[low] + (slot - first_slot(begin, low)) * PIECE;
-  int64_t last = first + PIECE < begin[low + 1] ? first + PIECE : begin[low + 1];
-  if (first >= last) return;  // a spare slot
+  int64_t slot = blockIdx.x;
+  Piece piece = piece_at(begin, K, slot);
+  if (piece.first >= piece.last) return;  // a spare slot
   int lanes = THREADS / columns, lane = threadIdx.x / columns;
   int64_t column = (int64_t(blockIdx.y) * columns + threadIdx.x % columns) * WIDTH;
   double sum[WIDTH] = {};
   if (column < points.R) {
     const in_t* data = static_cast<const in_t*>(points.data) + column;
 #pragma unroll 4
-    for (int64_t m = first + lane; m < last; m += lanes) {
+    for (int64_t m = piece.first + lane; m < piece.last; m += lanes) {
       const in_t* x = data + order[m] * points.stride;
       if constexpr (WIDTH > 1) {
         uint4 bits = __ldg(reinterpret_cast<const uint4*>(x));
@@ -89,14 +65,12 @@ __global__ void __launch_bounds__(THREADS)
                               acc* __restrict__ sums) {
   int64_t i = int64_t(blockIdx.x) * THREADS + threadIdx.x;
   if (i >= K * R) return;
-  int64_t k = i / R, r = i % R, slot = first_slot(begin, k), pieces = (begin[k + 1] - begin[k] + PIECE - 1) / PIECE;
+  int64_t k = i / R, r = i % R, slot = first_slot(begin, k), pieces = num_pieces(begin, k);
   double total = 0;
 #pragma unroll 4
   for (int64_t p = 0; p < pieces; ++p) total += partial[(slot + p) * R + r];
   sums[i] = acc(total);
 }
-
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
 }  // namespace
 
@@ -115,7 +89,7 @@ const char* cluster_sums_cuda(const Rows& points, const int32_t* sorted, const i
     int64_t across = wide ? R / WIDTH : R;
     int columns = 1;
     while (columns < across && columns < THREADS) columns *= 2;
-    dim3 grid(unsigned(N / PIECE + K), unsigned(ceil_div(across, columns)));
+    dim3 grid(unsigned(N / CLUSTER_PIECE + K), unsigned(ceil_div(across, columns)));
     error = wide ? launch("cluster_sums_pieces_kernel", sizes, cluster_sums_pieces_kernel<in_t, WIDTH>, grid, THREADS,
                           THREADS * WIDTH * sizeof(double), stream, points, order, begin, K, columns, partial)
                  : launch("cluster_sums_pieces_kernel", sizes, cluster_sums_pieces_kernel<in_t, 1>, grid, THREADS,

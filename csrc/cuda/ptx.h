@@ -55,10 +55,32 @@ __device__ __forceinline__ void multiply_add(float (&sum)[4], const unsigned (&a
                : "+f"(sum[0]), "+f"(sum[1]), "+f"(sum[2]), "+f"(sum[3])
                : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b0), "r"(b1));
 }
+// sum [8, 8] += a [8, 4] · b [4, 8]: a lane holds a[lane / 4][lane % 4], b[lane % 4][lane / 4], and of the sum row lane / 4,
+// columns 2 · (lane % 4) and the next.
+__device__ __forceinline__ void multiply_add(double (&sum)[2], double a, double b) {
+  asm("mma.sync.aligned.m8n8k4.row.col.f64.f64.f64.f64 {%0, %1}, {%2}, {%3}, {%0, %1};"
+      : "+d"(sum[0]), "+d"(sum[1])
+      : "d"(a), "d"(b));
+}
 __device__ __forceinline__ unsigned round_to_tf32(float x) {
   unsigned bits;
   asm("cvt.rna.tf32.f32 %0, %1;" : "=r"(bits) : "f"(x));
   return bits;
+}
+
+// Every thread of a cooperative launch meets every other; what they wrote before is seen after. `arrived` is 0 before the
+// launch and goes on counting blocks.
+__device__ __forceinline__ void wait_for_grid(uint64_t* arrived) {
+  __syncthreads();
+  if (threadIdx.x == 0) {
+    uint64_t before, now;
+    asm volatile("atom.add.acq_rel.gpu.global.u64 %0, [%1], 1;" : "=l"(before) : "l"(arrived) : "memory");
+    uint64_t goal = before - before % gridDim.x + gridDim.x;
+    do {
+      asm volatile("ld.acquire.gpu.global.u64 %0, [%1];" : "=l"(now) : "l"(arrived) : "memory");
+    } while (now < goal);
+  }
+  __syncthreads();
 }
 
 }  // namespace gradclust

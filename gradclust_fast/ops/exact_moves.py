@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._point_checks import (
     check_finite,
     check_labels,
@@ -18,6 +19,7 @@ from ._point_checks import (
     with_unit_stride,
 )
 from ._triton import triton_loses
+from .cluster_sums import PIECE
 
 Sweep = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
 
@@ -32,9 +34,9 @@ def exact_moves(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, s
     are float64's.
 
     The reference and the C++ kernel let one row move at a time, so their labels are the same, on any number of threads.
-    The Triton kernel meets about 64 blocks of rows and moves together all rows of a block for which the sum of their
-    changes provably bounds the joint one; a row that has to wait asks again in the next sweep. Its labels are its own,
-    the same on every run; its J does not rise either, and where it moves nothing, no single move lowers J.
+    The CUDA and Triton kernels meet about 64 blocks of rows and move together all rows of a block for which the sum of
+    their changes provably bounds the joint one; a row that has to wait asks again in the next sweep. Their labels are
+    their own, the same on every run; J does not rise either, and where they move nothing, no single move lowers J.
 
     Args:
         points: [N, R], finite. Its magnitude may be anything whose squares float64 can add up.
@@ -127,3 +129,54 @@ def exact_moves_triton(points: torch.Tensor, labels: torch.Tensor, num_clusters:
     )
     _check_objective(points, J_before)
     return labels, J_before, J_after, moved
+
+
+def _cuda_refuses(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: int) -> str | None:
+    if num_clusters + points.shape[0] // PIECE >= 2**31:
+        return f"the CUDA kernel takes fewer than 2³¹ clusters and pieces of {PIECE} rows"
+    return _cuda.refuses(points)
+
+
+# Chosen before Triton's: one launch a sweep where that makes some 256, each of them queued by Python.
+@_op.kernel(
+    "cuda",
+    refuses=_cuda_refuses,
+    route=lambda *_: "one launch: blocks of rows, products in float64, then every move that cannot spoil another",
+)
+def exact_moves_cuda(points: torch.Tensor, labels: torch.Tensor, num_clusters: int, seed: int) -> Sweep:
+    check_range(labels, num_clusters)
+    points, start = with_unit_stride(points), labels.contiguous()
+    N, R = points.shape
+    if N == 0:
+        zero = points.new_zeros((), dtype=torch.float64)
+        return labels.clone(), zero, zero.clone(), labels.new_zeros(())
+    labels, device, rows = start.clone(), points.device, _native.rows(points)
+    workspace = points.new_empty(_cuda.native().exact_moves_cuda_workspace(N, R, num_clusters), dtype=torch.float64)
+    arrived = labels.new_zeros(3)
+    center = reference.exact_moves.center(points)
+    key, begin = torch.empty_like(labels), labels.new_empty(num_clusters + 1)
+    _cuda.launch("visiting_keys_cuda", device, key.data_ptr(), N, seed)
+    order = key.sort(stable=True).indices
+
+    def objective(which: int) -> tuple[torch.Tensor, tuple[torch.Tensor, ...]]:
+        """J of the labels, and the rows by cluster."""
+        in_order, row = labels.to(torch.int32).sort(stable=True)
+        J = points.new_empty((), dtype=torch.float64)
+        _cuda.launch(
+            "cluster_objective_cuda", device, rows, (in_order.data_ptr(), row.data_ptr(), begin.data_ptr()),
+            num_clusters, workspace.data_ptr(), arrived[which].data_ptr(), J.data_ptr(),
+        )  # fmt: skip
+        return J, (in_order, row, begin)
+
+    before, at = objective(0)
+    _cuda.launch(
+        "exact_moves_cuda", device, rows, tuple(each.data_ptr() for each in at), num_clusters, center.data_ptr(),
+        order.data_ptr(), reference.exact_moves.tie_factor(R), workspace.data_ptr(), arrived[1].data_ptr(),
+        labels.data_ptr(),
+    )  # fmt: skip
+    after, _ = objective(2)
+    moved = (labels != start).sum()
+    _check_objective(points, before)
+    # No move raised J, so a sum that came out higher did so by its own rounding.
+    after = torch.minimum(before, after)
+    return labels, before, torch.where(moved == 0, before, after), moved

@@ -30,7 +30,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..reference.exact_moves import SAMPLE
+from ..reference.exact_moves import center
 from ._support import blocks, power_of_two
 from .cluster_statistics import Statistics, add_exactly, load_rows, load_wide_rows
 from .cluster_sums import Pieces, pieces
@@ -304,20 +304,11 @@ class Sweep(Statistics):
             )  # fmt: skip
 
 
-def middle(points: torch.Tensor) -> torch.Tensor:
-    """[R] float64: ``reference.exact_moves.center`` by a sort, which is deterministic on a GPU too."""
-    N, R = points.shape
-    if N == 0:
-        return points.new_zeros(R, dtype=torch.float64)
-    sample = points[:: blocks(N, SAMPLE)].double()  # [at most SAMPLE, R]
-    return torch.sort(sample, 0).values[(len(sample) - 1) // 2].contiguous()
-
-
 def exact_moves(
     points: torch.Tensor, labels: torch.Tensor, K: int, seed: int, tie: float
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """points [N, R] with feature stride 1; changes labels [N]; (J before, J after, moved)."""
-    sweep = Sweep(points, labels, K, middle(points), tie)
+    sweep = Sweep(points, labels, K, center(points), tie)
     start = labels.clone()
     at = pieces(labels, K, sweep.PIECE)
     before = sweep.objective(at)

@@ -41,13 +41,24 @@ struct Meeting {
   Lanes lanes;
 };
 struct Warp { Meeting meetings[2]; };
+struct Block {
+  uint3 index;
+  std::vector<Warp> warps;
+  std::vector<unsigned char> shared;
+  unsigned at_barrier = 0;
+  int64_t barriers = 0;
+
+  unsigned char* memory() {
+    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
+  }
+};
 
 std::vector<std::unique_ptr<Fiber>> fibers;
-std::vector<Warp> warps;
-std::vector<unsigned char> shared;
+std::vector<Block> resident;  // one, or all of a cooperative launch
+Block* block = nullptr;       // the running fiber's
 Fiber* current = nullptr;
-unsigned num_threads = 0, at_barrier = 0, seed = 0;
-int64_t barriers = 0;
+unsigned num_threads = 0, at_grid_barrier = 0, seed = 0;
+int64_t grid_barriers = 0;
 jmp_buf scheduler;
 std::string failure;
 const std::function<void()>* body = nullptr;
@@ -93,14 +104,19 @@ template <typename T> void put_in_order(std::vector<T>& items, std::minstd_rand&
   if (seed > 1) std::shuffle(items.begin(), items.end(), random);
 }
 
-void run_block(const std::vector<unsigned>& order) {
-  for (unsigned i = 0; i < num_threads; ++i) {
+// Runs the resident blocks' threads in the given order until all are done.
+void run_resident(size_t shared_bytes, const std::vector<unsigned>& order) {
+  for (Block& each : resident) {
+    each.warps.assign(num_threads / 32, {});
+    each.shared.assign(shared_bytes + 16 + CANARY, 0xff);
+    each.at_barrier = 0, each.barriers = 0;
+  }
+  at_grid_barrier = 0, grid_barriers = 0;
+  for (unsigned i : order) {
     Fiber& fiber = *fibers[i];
     fiber.done = false, fiber.waits_for = nullptr, fiber.collectives = 0;
     fiber.groups.clear(), fiber.open.clear();
   }
-  warps.assign(num_threads / 32, {});
-  at_barrier = 0, barriers = 0;
   for (bool progress = true, left = true; left; ) {
     progress = left = false;
     for (unsigned i : order) {
@@ -109,7 +125,8 @@ void run_block(const std::vector<unsigned>& order) {
       left = true;
       if (fiber.waits_for && *fiber.waits_for < fiber.value) continue;
       fiber.waits_for = nullptr;
-      threadIdx = {i, 0, 0};
+      block = &resident[i / num_threads];
+      blockIdx = block->index, threadIdx = {i % num_threads, 0, 0};
       resume(fiber);
       if (!failure.empty()) return;
       progress = true;
@@ -119,62 +136,68 @@ void run_block(const std::vector<unsigned>& order) {
       return;
     }
   }
+  for (Block& each : resident)
+    for (size_t i = 0; i < CANARY; ++i)
+      if (each.memory()[shared_bytes + i] != 0xff) failure = "wrote past the end of its shared memory";
 }
 
 }  // namespace
 
-const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel) {
+const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel, bool cooperative) {
   static std::mutex one_launch;
   static thread_local std::string report;
   std::lock_guard<std::mutex> lock(one_launch);
   if (threads == 0 || threads % 32 || threads > 1024) return "the block is not of whole warps, at most 1024 threads";
   if (grid.x == 0 || grid.y == 0 || grid.z == 0 || grid.y > 65535 || grid.z > 65535) return "invalid grid";
   if (shared_bytes > 99 * 1024) return "more shared memory than a block has on the smallest supported GPU";
+  uint64_t all = uint64_t(grid.x) * grid.y * grid.z;
+  if (cooperative && all > RESIDENT_BLOCKS) return "more blocks than are resident together";
   std::minstd_rand random(seed);
   gridDim = grid, blockDim = threads, num_threads = threads, body = &kernel;
-  while (fibers.size() < threads) fibers.emplace_back(new Fiber);
-  shared.resize(shared_bytes + 16 + CANARY);
-  std::vector<unsigned> order(threads);
-  for (unsigned i = 0; i < threads; ++i) order[i] = i;
+  resident.resize(cooperative ? all : 1);
+  std::vector<unsigned> order(resident.size() * threads);
+  while (fibers.size() < order.size()) fibers.emplace_back(new Fiber);
+  for (unsigned i = 0; i < order.size(); ++i) order[i] = i;
   put_in_order(order, random);
-  std::vector<uint64_t> blocks(uint64_t(grid.x) * grid.y * grid.z);
-  for (uint64_t i = 0; i < blocks.size(); ++i) blocks[i] = i;
+  std::vector<uint64_t> blocks(all);
+  for (uint64_t i = 0; i < all; ++i) blocks[i] = i;
   put_in_order(blocks, random);
   failure.clear();
-  for (uint64_t block : blocks) {
-    blockIdx = {unsigned(block % grid.x), unsigned(block / grid.x % grid.y), unsigned(block / grid.x / grid.y)};
-    memset(shared.data(), 0xff, shared.size());
-    run_block(order);
-    unsigned char* end = shared_memory() + shared_bytes;
-    for (size_t i = 0; failure.empty() && i < CANARY; ++i)
-      if (end[i] != 0xff) failure = "wrote past the end of its shared memory";
-    if (!failure.empty()) {
-      for (auto& fiber : fibers) fiber->begun = false;  // whatever was on their stacks is dropped
-      report = failure;
-      return report.c_str();
+  for (size_t first = 0; first < all && failure.empty(); first += resident.size()) {
+    for (size_t i = 0; i < resident.size(); ++i) {
+      uint64_t index = blocks[first + i];
+      resident[i].index = {unsigned(index % grid.x), unsigned(index / grid.x % grid.y), unsigned(index / grid.x / grid.y)};
     }
+    run_resident(shared_bytes, order);
   }
-  return nullptr;
+  if (failure.empty()) return nullptr;
+  for (auto& fiber : fibers) fiber->begun = false;  // whatever was on their stacks is dropped
+  report = failure;
+  return report.c_str();
 }
 
 void set_order(unsigned value) { seed = value; }
 
-unsigned char* shared_memory() {
-  return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
-}
+unsigned char* shared_memory() { return block->memory(); }
 
 unsigned lane() { return threadIdx.x % 32; }
 
 void barrier() {
-  if (++at_barrier < num_threads) return wait_until(barriers, barriers + 1);
-  at_barrier = 0;
-  ++barriers;
+  if (++block->at_barrier < num_threads) return wait_until(block->barriers, block->barriers + 1);
+  block->at_barrier = 0;
+  ++block->barriers;
+}
+
+void grid_barrier() {
+  if (++at_grid_barrier < resident.size() * num_threads) return wait_until(grid_barriers, grid_barriers + 1);
+  at_grid_barrier = 0;
+  ++grid_barriers;
 }
 
 Lanes& meet(unsigned mask, int kind, const void* mine, size_t size) {
   if (mask != ~0u) fail("a collective of part of a warp");
   int64_t number = current->collectives++;
-  Meeting& meeting = warps[threadIdx.x / 32].meetings[number % 2];
+  Meeting& meeting = block->warps[threadIdx.x / 32].meetings[number % 2];
   if (meeting.number != number) meeting.number = number, meeting.arrived = 0, meeting.kind = kind;
   if (meeting.kind != kind) fail("lanes of one warp meet in different collectives");
   if (size) memcpy(meeting.lanes.bytes[lane()], mine, size);

@@ -51,14 +51,19 @@ inline float __half2float(__half x) {
 
 namespace emulator {
 
-// One launch. Returns nullptr, or what the kernel did that a GPU would not forgive.
-const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel);
+constexpr unsigned RESIDENT_BLOCKS = 3;  // of a cooperative launch
+
+// One launch; the blocks of a cooperative one take turns, so that they can wait for each other. Returns nullptr, or what
+// the kernel did that a GPU would not forgive.
+const char* run(dim3 grid, unsigned threads, size_t shared_bytes, const std::function<void()>& kernel,
+                bool cooperative = false);
 
 // 0: threads and blocks ascending, 1: descending, else shuffled.
 void set_order(unsigned seed);
 
 unsigned char* shared_memory();
 void barrier();
+void grid_barrier();
 
 // What every lane of the warp gave in one collective; valid until the next one. `kind` tells collectives apart.
 struct Lanes { unsigned char bytes[32][48]; };
@@ -101,6 +106,11 @@ template <typename T> T __ldg(const T* address) { return *address; }
 inline unsigned __umulhi(unsigned a, unsigned b) { return unsigned(uint64_t(a) * b >> 32); }
 inline int __popc(unsigned x) { return __builtin_popcount(x); }
 inline int __ffs(int x) { return __builtin_ffs(x); }
+template <typename T> T atomicMin(T* address, T value) {
+  T before = *address;
+  *address = std::min(before, value);
+  return before;
+}
 template <typename T> T atomicAdd(T* address, T value) {  // one fiber runs at a time
   T before = *address;
   *address = before + value;

@@ -1,6 +1,7 @@
 // The CUDA kernels' bindings over the emulator, and a kernel with mistakes that the emulator must notice.
 #include "bindings_cuda.cpp"  // in one translation unit: pybind11's headers take longer to compile than all kernels
 #include "common.cuh"
+#include "grid.cuh"
 #include "ptx.h"
 
 namespace {
@@ -23,6 +24,15 @@ void reverse_kernel(const float* in, float* out, int fault) {
   out[i] = values[n - 1 - i];
 }
 
+// out[i] = in[i − 1], where in[i] comes from the block before: blocks wait for each other.
+void neighbours_kernel(const float* in, float* between, float* out, int fault) {
+  if (fault == early_exit && blockIdx.x == 1) return;
+  between[blockIdx.x * blockDim.x + threadIdx.x] = in[blockIdx.x * blockDim.x + threadIdx.x];
+  if (fault != no_barrier) gradclust::wait_for_grid(nullptr);
+  unsigned i = blockIdx.x * blockDim.x + threadIdx.x, n = gridDim.x * blockDim.x;
+  out[i] = between[(i + n - 1) % n];
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_cuda_on_host, m) {
@@ -32,6 +42,12 @@ PYBIND11_MODULE(_cuda_on_host, m) {
     const char* error =
         gradclust::launch("reverse_kernel", "test", reverse_kernel, 1, n, 4 * n, nullptr,
                           reinterpret_cast<const float*>(in), reinterpret_cast<float*>(out), fault);
+    if (error) throw std::runtime_error(error);
+  });
+  m.def("neighbours", [](uintptr_t in, uintptr_t between, uintptr_t out, unsigned blocks, int fault) {
+    const char* error = gradclust::launch_cooperative(
+        "neighbours_kernel", "test", neighbours_kernel, blocks, 32, 0, nullptr, reinterpret_cast<const float*>(in),
+        reinterpret_cast<float*>(between), reinterpret_cast<float*>(out), fault);
     if (error) throw std::runtime_error(error);
   });
 }

@@ -59,6 +59,17 @@ inline void multiply_add(float (&sum)[4], const unsigned (&a)[4], unsigned b0, u
   for (unsigned i = 0; i < 4; ++i) sum[i] += product<in_t>(all + 4 * row, all + 4 * (column + i % 2), i / 2);
 }
 
+inline void multiply_add(double (&sum)[2], double a, double b) {
+  double mine[2] = {a, b}, all[32][2];
+  emulator::Lanes& lanes = emulator::meet(~0u, 5, mine, sizeof mine);
+  for (unsigned i = 0; i < 32; ++i) memcpy(all[i], lanes.bytes[i], sizeof mine);
+  unsigned row = emulator::lane() / 4, column = emulator::lane() % 4 * 2;
+  for (unsigned i = 0; i < 2; ++i)
+    for (unsigned k = 0; k < 4; ++k) sum[i] += all[4 * row + k][0] * all[4 * (column + i) + k][1];
+}
+
+inline void wait_for_grid(uint64_t*) { emulator::grid_barrier(); }
+
 inline unsigned round_to_tf32(float x) {
   uint32_t bits;
   memcpy(&bits, &x, 4);
