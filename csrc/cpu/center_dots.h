@@ -13,8 +13,6 @@ template <typename T> constexpr int PANEL = 2 * LANES<T>;
 constexpr int TILE_ROWS = GRADCLUST_VECTOR_BYTES == 64 ? 12 : 6;
 constexpr int64_t DEPTH = 256;  // a panel's slice of this many features is at most 32 KB
 
-GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
-
 // Cuts one caller-owned buffer into aligned arrays; over a null buffer it only counts.
 struct Arena {
   char* base;

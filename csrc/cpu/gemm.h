@@ -26,7 +26,6 @@ namespace {
 
 GRADCLUST_INLINE int64_t min_of(int64_t a, int64_t b) { return a < b ? a : b; }
 GRADCLUST_INLINE int64_t max_of(int64_t a, int64_t b) { return a > b ? a : b; }
-GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t to) { return (n + to - 1) / to * to; }
 
 // Rows of a register tile, and the most vectors in one of its rows.
 #if GRADCLUST_VECTOR_BYTES == 64

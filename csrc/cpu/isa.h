@@ -31,6 +31,8 @@
 namespace gradclust::GRADCLUST_ISA {
 namespace {
 
+GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 1) / step * step; }
+
 struct bf16_t { uint16_t bits; };
 struct f16_t { uint16_t bits; };
 
