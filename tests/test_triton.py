@@ -201,15 +201,54 @@ def test_strides_are_passed_in_units_that_tell_their_alignment():
 
 @interpreted
 @pytest.mark.parametrize("constant", [False, True], ids=["plain", "centred"])
-@pytest.mark.parametrize("T", [3, 70, 150], ids=["several-examples-a-tile", "two-tiles-a-side", "three"])
-def test_gram_tiles_of_every_layout(T, constant):
-    """3 + 1 examples in groups, or a triangle of tiles; plain, or with the terms of what was subtracted."""
-    act, grad = torch.randn(4, T, 20), torch.randn(4, T, 12)
+@pytest.mark.parametrize(
+    "T, I, multiprocessors",
+    [
+        pytest.param(3, 20, 4, id="several-examples-a-tile"),
+        pytest.param(70, 20, 4, id="two-tiles-a-side"),
+        pytest.param(150, 20, 4, id="three"),
+        pytest.param(3, 200, 3, id="several-examples-a-split-tile"),
+        pytest.param(70, 300, 40, id="two-split-tiles-a-side"),
+    ],
+)
+def test_gram_tiles_of_every_layout(T, I, multiprocessors, constant):
+    """3 + 1 examples in groups, or a triangle of tiles; plain, or with the terms of what was subtracted; in parts."""
+    act, grad = torch.randn(4, T, I), torch.randn(4, T, 12)
     if constant:
         act[1:] = 3 + 1e-2 * act[1:]  # the first example of the group stays plain
-    found = torch.empty(4)
-    grad_sqnorm = importlib.import_module("gradclust_fast.triton_kernels.grad_sqnorm")
-    grad_sqnorm._gram(act, grad, True, found, _support.INTERPRETER)
+    found, target = torch.empty(4), _support.Target((0, 0), multiprocessors)
+    gram = importlib.import_module("gradclust_fast.triton_kernels.grad_sqnorm_gram")
+    with _support.recording((0, 0), multiprocessors) as launches:
+        gram.by_gram_tiles(act, grad, True, found, target)
+    assert ("grad_sqnorm_gram_join_kernel" in [launch.kernel.__name__ for launch in launches]) == (I > 20)
+    gram.by_gram_tiles(act, grad, True, found, target)
     G = grad.double().mT @ act.double()
     want = G.square().sum((1, 2)) + grad.double().sum(1).square().sum(1)
     torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+
+
+@interpreted
+@pytest.mark.parametrize("B, I", [(1, 20), (2, 20), (1, 70), (5, 20)])
+def test_few_examples_with_many_positions_are_split(B, I):
+    act, grad = torch.randn(B, 600, I), torch.randn(B, 600, 12)
+    act[:, 590:] *= 10  # a part that is lost shows
+    with gf.backend("triton"):
+        assert "direct" in gf.explain("grad_sqnorm", act, grad).route
+        found = gf.ops.grad_sqnorm(act, grad)
+    want = (grad.double().mT @ act.double()).square().sum((1, 2))
+    torch.testing.assert_close(found.double(), want, rtol=1e-5, atol=0)
+
+
+FEW = [(1, 256, 4096, 4096), (8, 128, 768, 768), (1, 65_536, 64, 64), (4, 8192, 512, 16), (1, 40, 9000, 512)]
+
+
+@needs_triton
+@pytest.mark.parametrize("B, T, I, O", FEW)
+def test_few_examples_fill_a_gpu(B, T, I, O, monkeypatch):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    factors = (torch.empty(B, T, F, dtype=torch.bfloat16, device="meta") for F in (I, O))
+    with _support.recording((9, 0), 132) as launches, gf.backend("triton"):
+        OPS["grad_sqnorm"].run(*factors, False)
+    products = ("grad_sqnorm_gram_kernel", "grad_sqnorm_direct_kernel")
+    plain = next(launch for launch in launches if launch.kernel.__name__ in products)
+    assert plain.grid[0] >= 132

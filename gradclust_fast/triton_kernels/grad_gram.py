@@ -21,7 +21,7 @@ from . import _support
 from ._device import product
 from ._support import Target, blocks, launch, unit
 from .grad_quantities import grad_quantities
-from .grad_sqnorm import _centered, _outer, centers_and_totals
+from .grad_sqnorm_gram import centered_rows, centers_and_totals, outer
 
 _SIZES = ["B", "T", "E", "stride_act_b", "stride_act_t", "stride_grad_b", "stride_grad_t"]
 
@@ -48,12 +48,12 @@ def grad_gram_rows_kernel(
     act_gram = tl.zeros((ROWS, ROWS), tl.float32)
     act_step = stride_act_b * UNIT
     grad_step = stride_grad_b * UNIT
-    act_gram = _outer(
-        act_ptr, left * act_step, right * act_step, left < B, right < B, I, act_gram, PRECISION, BLOCK
+    act_gram = outer(
+        act_ptr, left * act_step, right * act_step, left < B, right < B, 0, I, I, act_gram, PRECISION, BLOCK
     )  # fmt: skip
     grad_gram = tl.zeros((ROWS, ROWS), tl.float32)
-    grad_gram = _outer(
-        grad_ptr, left * grad_step, right * grad_step, left < B, right < B, O, grad_gram, PRECISION, BLOCK
+    grad_gram = outer(
+        grad_ptr, left * grad_step, right * grad_step, left < B, right < B, 0, O, O, grad_gram, PRECISION, BLOCK
     )  # fmt: skip
     added = 1.0 if BIAS else 0.0
     inside = (left < B)[:, None] & (right < B)[None, :] & (left[:, None] >= right[None, :])
@@ -93,11 +93,13 @@ def grad_gram_pairs_kernel(
             act_gram = tl.zeros((ROWS, ROWS), tl.float32)
             for begin in range(0, I, BLOCK):
                 at = begin + tl.arange(0, BLOCK)
-                x = _centered(act_ptr, center_ptr, left_act, left_example, left_live, left_live, at, I)
-                y = _centered(act_ptr, center_ptr, right_act, right_example, right_live, right_live, at, I)
+                x = centered_rows(act_ptr, center_ptr, left_act, left_example, left_live, left_live, at, I)
+                y = centered_rows(act_ptr, center_ptr, right_act, right_example, right_live, right_live, at, I)
                 act_gram = product(x, tl.trans(y), act_gram, PRECISION)
             grad_gram = tl.zeros((ROWS, ROWS), tl.float32)
-            grad_gram = _outer(grad_ptr, left_grad, right_grad, left_live, right_live, O, grad_gram, PRECISION, BLOCK)
+            grad_gram = outer(
+                grad_ptr, left_grad, right_grad, left_live, right_live, 0, O, O, grad_gram, PRECISION, BLOCK
+            )
             both = act_gram * grad_gram
             if PACKED:
                 for e in range(0, E):  # another example's NaN is left out, not multiplied by 0
