@@ -14,7 +14,7 @@ from gradclust_fast import _native
 from gradclust_fast._dispatch import OPS
 from gradclust_fast.triton_kernels import _support
 
-HALF_SHAPES = ("vector-ragged", "sequence-shorter", "sequence-longer", "ragged")
+HALF_SHAPES = ("vector-ragged", "sequence-shorter", "sequence-longer", "ragged", "several-blocks-of-positions")
 """Parts of the ids of the shapes that Triton's interpreter gets in half precision too."""
 DTYPES = [torch.float32, torch.float64, torch.bfloat16, torch.float16]
 

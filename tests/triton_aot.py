@@ -73,6 +73,12 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
         gf.ops.norm_grads(torch.empty(B, C, 256, **HALF), torch.empty(B, C, 256, **HALF), groups=4)
         for B, C in ((1, 4), (16, 64), (33, 24))
     ],
+    "embedding_sqnorm": lambda: [
+        gf.ops.embedding_sqnorm(
+            torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty(B, T, 256, **HALF), num_embeddings=V
+        )
+        for B, T, V in ((1, 1, 1), (16, 512, 50_000), (33, 70, 2**40))
+    ],
     "cluster_sums": lambda: [
         gf.ops.cluster_sums(points(N, 256), labels(N), K) for N, K in ((1, 1), (16, 2), (70_000, 129))
     ],

@@ -38,7 +38,7 @@ def check_range(index: torch.Tensor, num_embeddings: int) -> None:
 
     Waits for the device. Nothing can wait while a CUDA graph is captured; the gathers' own asserts hold there.
     """
-    if index.numel() == 0 or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
+    if index.numel() == 0 or index.is_meta or (index.is_cuda and torch.cuda.is_current_stream_capturing()):
         return
     low, high = (int(bound) for bound in torch.aminmax(index))
     if low < 0 or high >= num_embeddings:

@@ -9,6 +9,7 @@ from .._dispatch import Op
 from . import _cuda
 from ._checks import accumulator
 from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
+from ._triton import triton_loses, triton_refuses
 
 
 def embedding_sqnorm(
@@ -97,4 +98,29 @@ def embedding_sqnorm_cuda(
         "embedding_sqnorm_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), partial.data_ptr(),
         out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def _triton_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    return triton_refuses(grad)
+
+
+def _triton_loses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    return triton_loses(grad)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=_triton_loses,
+    route=lambda *_: "positions sorted by table row, features of an example a block",
+)
+def embedding_sqnorm_triton(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> torch.Tensor:
+    from ..triton_kernels.embedding_sqnorm import embedding_sqnorm as fill  # here: it imports Triton
+
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, num_embeddings, padding_idx)
+    fill(*positions(index, grad), padding_row(num_embeddings, padding_idx), out)
     return out
