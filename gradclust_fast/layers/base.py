@@ -113,6 +113,10 @@ class Factors(ABC):
     def _concat(self, other: Any) -> Factors | None:
         """The factors of the sum with factors of the same class, or None where only plain linear factors can add."""
 
+    def _meet(self, other: Factors) -> Factors | None:
+        """The factors of the sum with factors of another class that this one knows, or None."""
+        return None
+
     def concat(self, other: Factors) -> Factors:
         """The factors of ``G_b + G'_b``: another use of the same parameter by the same examples, cross terms included.
 
@@ -124,7 +128,7 @@ class Factors(ABC):
                 f"other must hold gradients of the same parameter {list(self.shape)} and the same {self.B} examples, "
                 f"got {list(other.shape)} and {other.B}"
             )
-        joined = self._concat(other) if type(self) is type(other) else None
+        joined = self._concat(other) if type(self) is type(other) else self._meet(other) or other._meet(self)
         if joined is None:
             mine, theirs = self.linear(), other.linear()
             joined = mine._concat(theirs) if type(mine) is type(theirs) else None

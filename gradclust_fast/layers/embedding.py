@@ -36,7 +36,7 @@ class EmbeddingFactors(Factors):
     def _side(self, side: torch.Tensor | None) -> torch.Tensor | None:
         return None if side is None else side.to(accumulator(self.dtype))
 
-    def _masked(self) -> torch.Tensor:
+    def masked(self) -> torch.Tensor:
         """grad with zeros where the index is the padding."""
         return (
             self.grad if self.padding is None else self.grad.masked_fill((self.index == self.padding).unsqueeze(2), 0)
@@ -63,22 +63,27 @@ class EmbeddingFactors(Factors):
         T = max(1, self.index.shape[1])
         counts = torch.zeros(self.B, self.shape[0], dtype=dtype, device=self.device)
         ones = torch.full_like(self.index, 1.0, dtype=dtype) / T
-        return self._masked().sum(1, dtype=dtype), counts.scatter_add_(1, self.index, ones)
+        return self.masked().sum(1, dtype=dtype), counts.scatter_add_(1, self.index, ones)
 
     def negated(self) -> EmbeddingFactors:
         return EmbeddingFactors(self.index, -self.grad, self.shape, self.padding)
 
     def linear(self) -> LinearFactors:
         onehot = torch.zeros(*self.index.shape, self.shape[0], dtype=self.dtype, device=self.device)  # [B, T, V]
-        return LinearFactors(self._masked(), onehot.scatter_(2, self.index.unsqueeze(2), 1), self.shape)
+        return LinearFactors(self.masked(), onehot.scatter_(2, self.index.unsqueeze(2), 1), self.shape)
 
     def _concat(self, other: EmbeddingFactors) -> EmbeddingFactors:
         dtype = torch.promote_types(self.dtype, other.dtype)
         same = self.padding == other.padding
-        parts = [factors.grad if same else factors._masked() for factors in (self, other)]
+        parts = [factors.grad if same else factors.masked() for factors in (self, other)]
         grad = torch.cat([part.to(dtype) for part in parts], 1)
         padding = self.padding if same else None
         return EmbeddingFactors(torch.cat([self.index, other.index], 1), grad, self.shape, padding)
+
+    def _meet(self, other: Factors) -> Factors | None:
+        from .tied import TiedFactors  # which is made of these
+
+        return TiedFactors(self, other.linear()) if isinstance(other, LinearFactors) else None
 
 
 class EmbeddingCall(Call):
