@@ -11,6 +11,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 
 from ._claims import ModuleUse, check_sum, rerun
+from ._constants import rows_differ
 from ._dispatch import backend, current_backend
 from ._fused import FusedFactors
 from ._graphs import keeps_graph, seen_twice
@@ -178,6 +179,8 @@ class Backwards:
         use.check_version()
         if use.shared and use.plain and use.root is not None:  # no walk over the graph saw what a checkpoint repeats
             raise NotImplementedError(seen_twice(use.names(), use.plain))
+        if use.constant and not use.shared and self.layout.size is None:
+            self._check_rows(use)
         if use.link is not None:
             use.link.arrived(grad)
         with self.quiet():
@@ -234,6 +237,19 @@ class Backwards:
             raise ValueError(f"{name}: its layer {error}") from error
         self._check_B(run, name, factors.B, use.shape)
         return factors
+
+    def _check_rows(self, use: Use) -> None:
+        """The rows of a constant that differ are positions, or a table's; as many as examples only by accident."""
+        held = use.call.held
+        with self.quiet():
+            if held is None or not rows_differ(held, min(self.layout.dim, held.dim() - 1)):
+                return
+        raise NotImplementedError(
+            f"{use.names()}: its layer's input {list(held.shape)} does not depend on the batch, and "
+            f"{use.plain or 'what follows'} uses its output {list(use.shape)} for all examples at once. Expand the "
+            f"output to the batch first, out.expand(B, ...); if the input's rows are the examples, pass batch_size=; "
+            f"or leave this layer out with parameters="
+        )
 
     def _check_B(self, run: Backward, name: str, B: int, shape: torch.Size) -> None:
         expected, leader = (run.B, run.leader) if self.layout.size is None else (self.layout.size, "batch_size")

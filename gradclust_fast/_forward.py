@@ -11,6 +11,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 
 from ._backward import Backwards
 from ._claims import Claim, Claims, ModuleUse
+from ._constants import Constants
 from ._fused import FusedLinear, Link, fusable
 from ._graphs import BACKWARDS, TURNS, check_graph, engine_arguments, started_from
 from ._shared import Met, Root, Shared, repeated
@@ -24,6 +25,7 @@ class Forward(TorchFunctionMode):
     """The torch-function mode of a watch. Entered and left with it, or in between (a watch that sleeps).
 
     Args:
+        model: the watched one.
         every: the watched parameters, in the order of ``chosen``.
         claims: the modules that answer for watched parameters themselves.
         backwards: where the uses wait.
@@ -32,6 +34,7 @@ class Forward(TorchFunctionMode):
 
     def __init__(
         self,
+        model: torch.nn.Module,
         every: list[Entry],
         chosen: list[Named],
         claims: list[Claim],
@@ -48,7 +51,8 @@ class Forward(TorchFunctionMode):
         self._leads: dict[int, torch.Size] = {}
         self._layout = layout
         self._spans: set[int] = set()  # sequence numbers of the graph nodes that routed calls made
-        self._shared = Shared(layout, self._spans)
+        self._constants = Constants(model)
+        self._shared = Shared(layout, self._spans, self._constants)
         self._claims = Claims(claims, layout, self._module_called)
         flat = {id(m): m for named in chosen for m, _ in named.owners if flattens(m)}
         self._hooks = [m.register_forward_pre_hook(self._led, with_kwargs=True) for m in flat.values()]
@@ -58,10 +62,16 @@ class Forward(TorchFunctionMode):
         for hook in self._hooks:
             hook.remove()
         self._hooks = []
+        self._constants.close()
         self._claims.close()
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if self._constants.asks(func, args):
+            return self._constants.made(func, args, kwargs, self._called(func, args, kwargs))
+        return self._called(func, args, kwargs)
+
+    def _called(self, func: Any, args: tuple, kwargs: dict) -> Any:
         if func in BACKWARDS:
             return self._backward_call(func, args, kwargs)
         if self._sharded:
@@ -140,6 +150,7 @@ class Forward(TorchFunctionMode):
             for role, parameter in call.parameters.items()
             if parameter is not None and self.entries.get(id(parameter)) in used
         }
+        constant = call.held is not None and call.held in self._constants
         turns = [role for role in entries if id(call.parameters[role]) in self.turned]
         if isinstance(call, MatmulCall):
             for parameter in call.parameters.values():
@@ -163,9 +174,10 @@ class Forward(TorchFunctionMode):
             self._refuse(func, used, "is used in a place of this function that has no per-example route")
         self._spans.update(range(first, torch._C._autograd._get_sequence_nr()))
         use = self._wait_for(call, entries, out)
-        use.turned, use.link = bool(turns), link
+        use.turned, use.link, use.constant = bool(turns), link, constant
         dim = self._layout.dim
-        if call.shareable and (isinstance(call, EmbeddingCall) or (dim < out.dim() and out.shape[dim] == 1)):
+        ones = dim < out.dim() and out.shape[dim] == 1
+        if call.shareable and (isinstance(call, EmbeddingCall) or constant or ones):
             self._shared.watch(out, Root(gradient_edge(out), out.shape, weakref.ref(use), call))
         return out
 

@@ -15,6 +15,7 @@ import torch
 from torch.autograd.graph import GradientEdge
 from torch.overrides import resolve_name
 
+from ._constants import Constants
 from ._uses import Use, differentiable
 from .layers import BatchLayout, Call
 
@@ -78,8 +79,8 @@ class Met(NamedTuple):
 class Shared:
     """The outputs, and views of them, that may still meet the batch."""
 
-    def __init__(self, layout: BatchLayout, spans: set[int]) -> None:
-        self._layout, self.spans = layout, spans
+    def __init__(self, layout: BatchLayout, spans: set[int], constants: Constants) -> None:
+        self._layout, self.spans, self._constants = layout, spans, constants
         self._values: dict[int, tuple[weakref.ref[torch.Tensor], Root]] = {}
         self.guarded: dict[int, str] = {}  # sequence number of a node that only expansions may lead to → parameters
 
@@ -131,6 +132,8 @@ class Shared:
         elif func in BROADCASTING and len(args) > 1 and all(isinstance(arg, torch.Tensor) for arg in args[:2]):
             shape = torch.broadcast_shapes(args[0].shape, args[1].shape)
             dims = [self._batch(root, value, shape) for value, root in found]
+            if not any(arg in self._constants for arg in args[:2] if all(arg is not value for value, _ in found)):
+                self._align(found, shape)
             if torch.is_grad_enabled() and len(found) - dims.count(None) == 1:
                 (at,) = (i for i, dim in enumerate(dims) if dim is not None)
                 value, root = found.pop(at)
@@ -151,6 +154,14 @@ class Shared:
             use = root.use()
             if use is not None:
                 use.plain = resolve_name(func) or getattr(func, "__name__", str(func))
+
+    def _align(self, found: list[tuple[torch.Tensor, Root]], shape: torch.Size) -> None:
+        """What meets the batch with a row for every example has its examples there, whatever it was made from."""
+        dim = self._layout.dim
+        for value, root in found:
+            use = root.use()
+            if use is not None and value.dim() == len(shape) > dim and value.shape[dim] == shape[dim]:
+                use.constant = False
 
     def _batch(self, root: Root, value: torch.Tensor, shape: torch.Size) -> int | None:
         """The dimension of ``shape`` that has the batch and that ``value`` does not have; None where there is none."""

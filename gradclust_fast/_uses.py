@@ -34,7 +34,7 @@ class Use:
 
     __slots__ = (
         *("__weakref__", "call", "entries", "fired", "handle", "index", "root", "shape", "spent", "version"),
-        *("link", "met", "plain", "shared", "turned"),
+        *("constant", "link", "met", "plain", "shared", "turned"),
     )
 
     def __init__(
@@ -53,6 +53,7 @@ class Use:
         self.shared, self.plain = False, ""  # whether expansions of the output did, and a function that saw it as it is
         self.link: Any = None  # to the node that the weight's gradient may be handed to
         self.turned = False  # whether the weight was the parameter's transpose
+        self.constant = False  # whether the layer's input was the model's own
         self.root = root  # the backward that recomputed this call, or None for an ordinary forward
         held = call.held
         self.version = None if held is None or held.is_inference() else held._version

@@ -107,7 +107,7 @@ class Watch:
         claimed = {entry.name for claim in claims for entry in claim.entries.values()}
         self._backwards = Backwards(self, self._every, claimed, self._layout, self._keeps_edges)
         _watched.update((id(entry.parameter), entry.name) for entry in self._every)
-        self._forward = Forward(self._every, chosen, claims, self._layout, self._backwards, self._fused)
+        self._forward = Forward(self.model, self._every, chosen, claims, self._layout, self._backwards, self._fused)
         torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
         self._forward.__enter__()
         self._state = "open"
