@@ -75,6 +75,31 @@ def training_lines(folder: Path) -> list[str]:
     return [*lines, ""]
 
 
+def bar_lines(results: Path) -> list[str]:
+    """What the GPU kernels are held to: every ``bars.csv`` of ``make gpu-check``, unmeasured rows included."""
+    lines = []
+    found = sorted(results.glob("*/bars.csv"))
+    measured = [path for path in found if path.parent.name != "no-gpu"]
+    for path in measured or found:
+        rows = [row for row in rows_of(path) if row["bar"]]
+        lines += [
+            f"## The bars of a Hopper GPU ({path.parent.name})",
+            "",
+            "What `make gpu-check` holds the GPU kernels to, against ceilings and baselines of the same run; "
+            f"`{path.relative_to(ROOT).as_posix()}` also has the figures without a bar.",
+            "",
+            "| work | figure | bar | measured | |",
+            "| --- | --- | --- | --- | --- |",
+            *(
+                f"| {row['work']} | {row['measure']} | {row['bar']} | {row['value']} | "
+                f"{row['outcome'] if row['outcome'] != row['value'] else ''} |"
+                for row in rows
+            ),
+            "",
+        ]
+    return lines
+
+
 def study_lines(folder: Path) -> list[str]:
     rows = rows_of(folder / "mnist_mlp.csv")
     steps = sorted({int(row["step"]) for row in rows})
@@ -155,6 +180,7 @@ def main() -> None:
         *kernel_table(rows),
         "",
         *training_lines(folder),
+        *bar_lines(ROOT / "bench" / "results"),
         *(line for name, what in figures for line in (f"![{what}](images/{name})", f"*{what}.*", "")),
     ]
     write_atomically(PAGE, "\n".join(page))
