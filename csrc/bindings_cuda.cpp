@@ -72,6 +72,29 @@ void bind_cuda(py::module_& m) {
     raise_if(embedding_sqnorm_cuda(embedding(f), pointer<int64_t>(sorted), pointer<int64_t>(order), pointer(partial),
                                    pointer(out), pointer(stream)));
   }, nogil());
+  m.def("embedding_gram_cuda", [](const EmbeddingTuple& f, uintptr_t sorted, uintptr_t order, uintptr_t out,
+                                  uintptr_t stream) {
+    raise_if(embedding_gram_cuda(embedding(f), pointer<int64_t>(sorted), pointer<int64_t>(order), pointer(out),
+                                 pointer(stream)));
+  }, nogil());
+  m.def("embedding_moments_cuda", [](const EmbeddingTuple& f, uintptr_t sorted, uintptr_t order, uintptr_t first,
+                                     uintptr_t second, uintptr_t stream) {
+    raise_if(embedding_moments_cuda(embedding(f), pointer<int64_t>(sorted), pointer<int64_t>(order), pointer(first),
+                                    pointer(second), pointer(stream)));
+  }, nogil());
+  m.def("embedding_products_cuda_splits", [](const EmbeddingTuple& f, int64_t P, int64_t width) {
+    return embedding_products_cuda_splits(embedding(f), P, width);
+  });
+  m.def("embedding_sketch_cuda", [](const EmbeddingTuple& f, uintptr_t left, uintptr_t right, int64_t P, int64_t Q,
+                                    uintptr_t partial, uintptr_t out, uintptr_t stream) {
+    raise_if(embedding_sketch_cuda(embedding(f), pointer(left), pointer(right), P, Q, pointer(partial), pointer(out),
+                                   pointer(stream)));
+  }, nogil());
+  m.def("embedding_dot_cuda", [](const EmbeddingTuple& f, uintptr_t center_index, uintptr_t center_grad, int64_t K,
+                                 int64_t rank, uintptr_t partial, uintptr_t out, uintptr_t stream) {
+    raise_if(embedding_dot_cuda(embedding(f), pointer(center_index), pointer(center_grad), K, rank, pointer(partial),
+                                pointer(out), pointer(stream)));
+  }, nogil());
   m.def("conv_moments_cuda_slices", [](const ConvTuple& f, int route) {
     return conv_moments_cuda_slices(conv(f), ConvCudaRoute(route));
   });

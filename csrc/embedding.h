@@ -1,5 +1,5 @@
 // Gradients of an embedding table: G_b[v] = Σ_{t: index[b, t] = v} grad[b, t], [V, D]. Launchers; the kernels are in
-// cpu/embedding_*.cpp and cuda/embedding_sqnorm.cu. Every index lies in [0, V); results are float64 for a float64 grad, else float32.
+// cpu/embedding_*.cpp and cuda/embedding_*.cu. Every index lies in [0, V); results are float64 for a float64 grad, else float32.
 #pragma once
 #include "launch.h"
 #include "types.h"
@@ -27,9 +27,15 @@ int64_t embedding_sqnorm_cuda_blocks(const EmbeddingFactors& f);
 
 // out [B, B]
 GRADCLUST_CPU_LAUNCHER(embedding_gram_cpu, const EmbeddingFactors& f, void* out, int threads)
+const char* embedding_gram_cuda(const EmbeddingFactors& f, const int64_t* sorted, const int64_t* order, void* out,
+                                void* stream);
 
 // first, second [V, D], zero on entry.
 GRADCLUST_CPU_LAUNCHER(embedding_moments_cpu, const EmbeddingFactors& f, void* first, void* second, int threads)
+
+// The same from all indices sorted, by a stable sort, and their positions b · T + t in that order, [B · T] both.
+const char* embedding_moments_cuda(const EmbeddingFactors& f, const int64_t* sorted, const int64_t* order, void* first,
+                                   void* second, void* stream);
 
 // out [B, P, Q]; left [V, P] and right [D, Q], contiguous in out's dtype, or null for the identity.
 GRADCLUST_CPU_LAUNCHER(embedding_sketch_cpu, const EmbeddingFactors& f, const void* left, const void* right, int64_t P,
@@ -38,5 +44,13 @@ GRADCLUST_CPU_LAUNCHER(embedding_sketch_cpu, const EmbeddingFactors& f, const vo
 // out [B, K]; center_index [K, rank, V] and center_grad [K, rank, D], contiguous in out's dtype.
 GRADCLUST_CPU_LAUNCHER(embedding_dot_cpu, const EmbeddingFactors& f, const void* center_index, const void* center_grad,
                        int64_t K, int64_t rank, void* out, int threads)
+
+// The same two with left given. partial [B, P · Q or K, splits] is a workspace where there is more than one split (width: Q
+// or K; P = 1 for inner products). At least one example, position, feature and number of the result.
+int embedding_products_cuda_splits(const EmbeddingFactors& f, int64_t P, int64_t width);
+const char* embedding_sketch_cuda(const EmbeddingFactors& f, const void* left, const void* right, int64_t P, int64_t Q,
+                                  void* partial, void* out, void* stream);
+const char* embedding_dot_cuda(const EmbeddingFactors& f, const void* center_index, const void* center_grad, int64_t K,
+                               int64_t rank, void* partial, void* out, void* stream);
 
 }  // namespace gradclust

@@ -36,6 +36,9 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
     "exact_moves_sweep_kernel": 128,  # two blocks of 256
     "cluster_objective_kernel": 128,
     "embedding_sqnorm_kernel": 64,  # two blocks of 512
+    "embedding_gram_kernel": 64,  # eight blocks of 128
+    "embedding_products_kernel": 192,  # float64's; two blocks of 256 of the others
+    "embedding_moments_kernel": 128,  # two blocks of 256: three sums of up to 8 features
     "cluster_sums_pieces_kernel": 64,  # four blocks of 256
     "grad_sqnorm_rank1_kernel": 64,
     "norm_grads_stats_kernel": 64,

@@ -4,16 +4,13 @@
 //     gradient once, four 16-byte loads in flight. Sums of a table row stay in registers and are squared when the row
 //     ends; where it goes on into the next warp's positions the two sums are left in shared memory and put together there,
 //     in order. No atomics; nothing depends on the size of the table. Not measured yet.
-#include "embedding.h"
+#include "embedding_rows.cuh"
 #include "sum_rows.cuh"
 
 namespace gradclust {
 namespace {
 
 constexpr int WARPS = 16, AHEAD = 4;
-
-// Features of a block: one 16-byte vector a lane, or one number where rows are not aligned.
-template <typename in_t, bool WIDE> constexpr int LANE_FEATURES = WIDE ? 16 / int(sizeof(in_t)) : 1;
 
 template <typename acc, int WIDTH> __device__ acc squares(const acc (&x)[WIDTH]) {
   acc sum = 0;
@@ -45,11 +42,7 @@ __global__ void __launch_bounds__(32 * WARPS)
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
       if (p + a >= last || row[p + a] == f.padding || !there) continue;
-      const in_t* from = grad + position[p + a] * f.grad_stride_t;
-      if constexpr (WIDE)
-        *reinterpret_cast<uint4*>(values[a]) = __ldg(reinterpret_cast<const uint4*>(from));
-      else
-        values[a][0] = *from;
+      load_features<in_t, WIDE>(grad + position[p + a] * f.grad_stride_t, values[a]);
     }
 #pragma unroll
     for (int a = 0; a < AHEAD; ++a) {
@@ -107,11 +100,6 @@ const char* run(const EmbeddingFactors& f, const char* sizes, const int64_t* sor
   return error || blocks == 1 ? error : sum_rows(sizes, partial, f.B, blocks, out, stream);
 }
 
-bool is_wide(const EmbeddingFactors& f, int64_t size) {
-  return reinterpret_cast<uintptr_t>(f.grad) % 16 == 0 && f.D * size % 16 == 0 && f.grad_stride_b * size % 16 == 0 &&
-         f.grad_stride_t * size % 16 == 0;
-}
-
 }  // namespace
 
 int64_t embedding_sqnorm_cuda_blocks(const EmbeddingFactors& f) {
@@ -122,7 +110,7 @@ int64_t embedding_sqnorm_cuda_blocks(const EmbeddingFactors& f) {
 const char* embedding_sqnorm_cuda(const EmbeddingFactors& f, const int64_t* sorted, const int64_t* order, void* partial,
                                   void* out, void* stream) {
   char sizes[96];
-  snprintf(sizes, sizeof sizes, "B=%lld, T=%lld, D=%lld", (long long)f.B, (long long)f.T, (long long)f.D);
+  describe(f, sizes);
   int blocks = int(embedding_sqnorm_cuda_blocks(f));
   const char* error = nullptr;
   dispatch(f.dtype, [&](auto zero) {

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 
 from .. import _native
+from . import _cuda
 from ._checks import as_rows, check_auxiliary, check_floats, shape
 
 INDICES = (torch.int64, torch.int32)
@@ -78,3 +79,16 @@ def cpu_refuses(index: torch.Tensor, *_: object) -> str | None:
     if index.device.type != "cpu":
         return f"the C++ kernel needs CPU tensors, got {index.device}"
     return _native.cpu_unavailable()
+
+
+def cuda_products_refuse(index: torch.Tensor, grad: torch.Tensor, *widths: int) -> str | None:
+    """Why the CUDA kernel of sketches and inner products cannot make a result of these sides, or None."""
+    if index.numel() >= 2**31 or max(widths) > 2**21:
+        return "the CUDA kernel takes fewer than 2³¹ positions and at most 2²¹ columns"
+    return _cuda.refuses(index)
+
+
+def cuda_products_lose(index: torch.Tensor, *_: object) -> str | None:
+    """By design, not by a measurement: a block works on 64 positions of one example."""
+    positions = index[:1].numel()
+    return f"with {positions} positions an example most of a block would be idle" if positions < 16 else None

@@ -6,8 +6,17 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator, check_auxiliary, shape
-from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
+from ._embedding import (
+    check_embedding,
+    check_range,
+    cpu_refuses,
+    cuda_products_lose,
+    cuda_products_refuse,
+    padding_row,
+    positions,
+)
 
 
 def embedding_dot(
@@ -128,5 +137,40 @@ def embedding_dot_cpu(
     _native._C.embedding_dot_cpu(
         factors, center_index.data_ptr(), center_grad.data_ptr(), out.shape[1], rank, out.data_ptr(),
         _native.num_threads(),
+    )  # fmt: skip
+    return out
+
+
+def _cuda_refuses(index: torch.Tensor, grad: torch.Tensor, center_index: torch.Tensor, *_: object) -> str | None:
+    return cuda_products_refuse(index, grad, center_index.shape[0])
+
+
+@_op.kernel(
+    "cuda",
+    refuses=_cuda_refuses,
+    loses=cuda_products_lose,
+    route=lambda *_: "64 positions a block: products with center_grad, weighed and summed on the chip",
+)
+def embedding_dot_cuda(
+    index: torch.Tensor,
+    grad: torch.Tensor,
+    center_index: torch.Tensor,
+    center_grad: torch.Tensor,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> torch.Tensor:
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, center_index, center_grad, num_embeddings, padding_idx)
+    rank = center_index.shape[1] if center_index.dim() == 3 else 1
+    if grad.numel() == 0 or out.numel() == 0 or rank == 0:
+        return out.zero_()
+    index, grad = positions(index, grad)
+    center_index, center_grad = (c.to(out.dtype).contiguous() for c in (center_index, center_grad))
+    factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
+    splits = _cuda.native().embedding_products_cuda_splits(factors, 1, out.shape[1])
+    partial = out.new_empty(*out.shape, splits) if splits > 1 else out
+    _cuda.launch(
+        "embedding_dot_cuda", grad.device, factors, center_index.data_ptr(), center_grad.data_ptr(), out.shape[1], rank,
+        partial.data_ptr(), out.data_ptr(),
     )  # fmt: skip
     return out

@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator
 from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
 
@@ -69,4 +70,25 @@ def embedding_gram_cpu(
     index, grad = positions(index, grad)
     factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
     _native._C.embedding_gram_cpu(factors, out.data_ptr(), _native.num_threads())
+    return out
+
+
+def _cuda_refuses(index: torch.Tensor, *_: object) -> str | None:
+    if index.shape[0] >= 2**16:
+        return "the CUDA kernel takes fewer than 2¹⁶ examples"
+    return _cuda.refuses(index)
+
+
+@_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: "a pair of examples a block, common rows by binary search")
+def embedding_gram_cuda(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> torch.Tensor:
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, num_embeddings, padding_idx)
+    if grad.numel() == 0:
+        return out.zero_()
+    index, grad = positions(index, grad)
+    in_order, order = index.contiguous().sort(dim=1, stable=True)  # [B, T] both
+    factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
+    _cuda.launch("embedding_gram_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), out.data_ptr())
     return out

@@ -6,6 +6,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator
 from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
 
@@ -76,4 +77,29 @@ def embedding_moments_cpu(
     index, grad = positions(index, grad)
     factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
     _native._C.embedding_moments_cpu(factors, first.data_ptr(), second.data_ptr(), _native.num_threads())
+    return first, second
+
+
+def _cuda_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    if index.numel() * -(-grad.shape[-1] // 32) >= 2**31:
+        return "the CUDA kernel takes fewer than 2³¹ warps of a position and 32 features"
+    return _cuda.refuses(index)
+
+
+@_op.kernel("cuda", refuses=_cuda_refuses, route=lambda *_: "the batch's positions sorted by table row, a warp a row")
+def embedding_moments_cuda(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    check_range(index, num_embeddings)
+    shape, dtype = (num_embeddings, grad.shape[-1]), accumulator(grad.dtype)
+    first, second = grad.new_zeros(shape, dtype=dtype), grad.new_zeros(shape, dtype=dtype)  # few rows are written
+    if grad.numel() == 0:
+        return first, second
+    index, grad = positions(index, grad)
+    in_order, order = index.flatten().sort(stable=True)  # [B · T] both
+    factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
+    _cuda.launch(
+        "embedding_moments_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), first.data_ptr(),
+        second.data_ptr(),
+    )  # fmt: skip
     return first, second

@@ -6,8 +6,18 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _cuda
 from ._checks import accumulator
-from ._embedding import check_embedding, check_range, check_side, cpu_refuses, padding_row, positions
+from ._embedding import (
+    check_embedding,
+    check_range,
+    check_side,
+    cpu_refuses,
+    cuda_products_lose,
+    cuda_products_refuse,
+    padding_row,
+    positions,
+)
 
 
 def embedding_sketch(
@@ -119,4 +129,42 @@ def embedding_sketch_cpu(
     address = [0 if side is None else side.data_ptr() for side in (left, right)]
     factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
     _native._C.embedding_sketch_cpu(factors, *address, *out.shape[1:], out.data_ptr(), _native.num_threads())
+    return out
+
+
+def _cuda_refuses(
+    index: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *_: object
+) -> str | None:
+    if left is None:
+        return "without left the sketch is as large as the table, and the CUDA kernel sums into registers; pass left"
+    return cuda_products_refuse(index, grad, left.shape[1], grad.shape[-1] if right is None else right.shape[1])
+
+
+@_op.kernel(
+    "cuda",
+    refuses=_cuda_refuses,
+    loses=cuda_products_lose,
+    route=lambda *_: "64 positions a block: projected, multiplied by looked-up rows of left and summed on the chip",
+)
+def embedding_sketch_cuda(
+    index: torch.Tensor,
+    grad: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> torch.Tensor:
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, left, right, num_embeddings, padding_idx)
+    if grad.numel() == 0 or out.numel() == 0:
+        return out.zero_()
+    index, grad = positions(index, grad)
+    left, right = left.to(out.dtype).contiguous(), None if right is None else right.to(out.dtype).contiguous()
+    factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
+    splits = _cuda.native().embedding_products_cuda_splits(factors, *out.shape[1:])
+    partial = out.new_empty(*out.shape, splits) if splits > 1 else out
+    _cuda.launch(
+        "embedding_sketch_cuda", grad.device, factors, left.data_ptr(), 0 if right is None else right.data_ptr(),
+        *out.shape[1:], partial.data_ptr(), out.data_ptr(),
+    )  # fmt: skip
     return out
