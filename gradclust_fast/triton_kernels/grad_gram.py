@@ -125,14 +125,14 @@ class Tiles(NamedTuple):
     stages: int
 
 
-def gram_tiles(rows: int, dtype: torch.dtype, precision: str, target: Target) -> Tiles:
+def gram_tiles(rows: int, dtype: torch.dtype, precision: str, target: Target, aligned: bool) -> Tiles:
     """128 rows a side where the triangle of such tiles fills the GPU; what was subtracted from is held in registers."""
     if target.interpreter:
         return Tiles(64, 64, 8, 4, 1)
     if dtype == torch.float32 and precision != "tf32":
         return Tiles(32, 16, 16, 4, 1)
     n = blocks(rows, 128)
-    if target.capability < (9, 0):  # mma holds its factors in registers too
+    if target.capability < (9, 0) or not aligned:  # mma's factors, or every element's address, take registers too
         return Tiles(64, 32, 16, 8, 2)
     if n * (n + 1) // 2 >= target.multiprocessors:
         return Tiles(128, 32, 16, 8, 2)
@@ -160,9 +160,9 @@ def _rows(
 ) -> None:  # fmt: skip
     (B, I), O = act.shape, grad.shape[1]
     precision = _support.float32_precision()
-    tiling = gram_tiles(B, act.dtype, precision, _support.target(act.device))
-    n = blocks(B, tiling.rows)
     factor = unit(act.stride(0), grad.stride(0))
+    tiling = gram_tiles(B, act.dtype, precision, _support.target(act.device), factor > 1)
+    n = blocks(B, tiling.rows)
     pairs, mixed = (out, out) if finish is None else finish
     launch(
         grad_gram_rows_kernel, (n * (n + 1) // 2,), act, grad, pairs, mixed, out, B, I, O, act.stride(0) // factor,
@@ -176,11 +176,11 @@ def _pairs(act: torch.Tensor, grad: torch.Tensor, center: torch.Tensor, out: tor
     O = grad.shape[2]
     precision = _support.float32_precision()
     target = _support.target(act.device)
-    tiling = gram_tiles(B * T, act.dtype, precision, target)
+    factor = unit(*act.stride()[:2], *grad.stride()[:2])
+    tiling = gram_tiles(B * T, act.dtype, precision, target, factor > 1)
     packed = tiling.rows >= 2 * T
     E = min(tiling.rows // T, tiling.examples) if packed else 1
     n = blocks(B, E)
-    factor = unit(*act.stride()[:2], *grad.stride()[:2])
     launch(
         grad_gram_pairs_kernel, (n * (n + 1) // 2,), act, grad, center, out, B, T, E, I, O,
         *(stride // factor for stride in (*act.stride()[:2], *grad.stride()[:2])), packed, factor, precision,

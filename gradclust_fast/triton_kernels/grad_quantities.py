@@ -305,6 +305,8 @@ def _launch(
     factor = unit(*act.stride()[:2], *grad.stride()[:2])
     center_unit = unit(center_act.stride(0), center_grad.stride(0))
     side_unit = unit(left.stride(0), right.stride(0))
+    if centers is not None and 1 in (factor, center_unit) and not target.interpreter:
+        tiling = tiling._replace(block=16, warps=8)  # every element has an address in registers
     launch(
         grad_quantities_kernel, (programs * splits,), act, grad, center_act, center_grad, left, right, dots, sketches,
         act if sqnorm is None else sqnorm, B, T, E, chunk, tiles, across, I, O, K, P, Q,
