@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.jit import ScriptModule
 
 FACTORIES = frozenset((torch.arange, torch.linspace, torch.eye))
 """What positions and tables are made by. A batch may be made inside a model too, but by other functions."""
@@ -26,10 +27,15 @@ class Constants:
         self._own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._depth = 0  # of calls of the model; outside of them a user may make the batch itself
-        self._hooks = [
-            model.register_forward_pre_hook(self._opened, prepend=True),
-            model.register_forward_hook(self._closed, always_call=True),
-        ]
+        # A scripted model takes no hooks, and what runs inside of it is not seen.
+        self._hooks = (
+            []
+            if isinstance(model, ScriptModule)
+            else [
+                model.register_forward_pre_hook(self._opened, prepend=True),
+                model.register_forward_hook(self._closed, always_call=True),
+            ]
+        )
 
     def close(self) -> None:
         for hook in self._hooks:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 
 from torch import nn
+from torch.jit import ScriptModule
 from torch.nn.utils.parametrize import is_parametrized
 
 from .layers import Call, refuses, registered, route_of
@@ -44,7 +45,10 @@ class Named:
         ]
 
     def refused(self) -> bool:
-        return any(refuses(module, name) and registered(module) is None for module, name in self.owners)
+        return self.scripted() or any(refuses(m, name) and registered(m) is None for m, name in self.owners)
+
+    def scripted(self) -> bool:
+        return any(isinstance(module, ScriptModule) for module, _ in self.owners)
 
 
 def _is_wrapper(module: nn.Module, child: str) -> bool:
@@ -143,6 +147,12 @@ def select(model: nn.Module, parameters: Parameters) -> list[Named]:
     if not chosen:
         raise ValueError(
             "model has no trainable parameter to record; unfreeze some with requires_grad_(True) or widen parameters="
+        )
+    scripted = [entry.name for entry in chosen if entry.scripted()]
+    if scripted:
+        raise NotImplementedError(
+            f"{', '.join(scripted)}: scripted or traced (torch.jit), which hides what its layers do from a record; "
+            f"record the module that it was made from, or leave these parameters out with parameters="
         )
     lazy = [entry.name for entry in chosen if nn.parameter.is_lazy(entry.parameter)]
     if lazy:

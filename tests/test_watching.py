@@ -390,3 +390,16 @@ def test_a_nan_stays_in_its_own_row():
         F.cross_entropy(model(x), y, reduction="none").sum().div(5).backward()
     others = [0, 1, 3, 4]
     assert rec.sq_norms[2].isnan() and torch.equal(rec.sq_norms[others], clean.sq_norms[others])
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script")
+def test_scripted_models_are_refused_by_name_and_leave_nothing():
+    model = nn.Sequential(nn.Linear(6, 4), torch.jit.script(nn.Sequential(nn.Tanh(), nn.Linear(4, 3))))
+    for scripted, names in ((torch.jit.script(model[0]), "weight, bias"), (model, r"1\.1\.weight, 1\.1\.bias")):
+        for _ in range(2):
+            with pytest.raises(NotImplementedError, match=f"{names}: scripted or traced"), gf.record(scripted):
+                pass
+    assert [row.route for row in gf.coverage(model)] == ["factored", "sum", "none", "none"]
+    with gf.record(model, parameters="0.*") as rec:
+        model(torch.randn(5, 6)).square().mean(1).mean().backward()
+    assert rec.sq_norms.shape == (5,)
