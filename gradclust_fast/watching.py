@@ -8,6 +8,7 @@ the spot. Nothing is wrapped or swapped, and gradients are only read.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -100,18 +101,27 @@ class Watch:
                 f"{', '.join(whole)}: sharded (fully_shard) and recomputed or registered, which need whole parameters "
                 f"in backward; leave them out with parameters=, or do not shard their modules"
             )
-        run_eagerly()
         self.names = [named.name for named in chosen]
         self._every = [Entry(named) for named in chosen]
         claims = claims_of(chosen, self._every)
         claimed = {entry.name for claim in claims for entry in claim.entries.values()}
-        self._backwards = Backwards(self, self._every, claimed, self._layout, self._keeps_edges)
-        _watched.update((id(entry.parameter), entry.name) for entry in self._every)
-        self._forward = Forward(self.model, self._every, chosen, claims, self._layout, self._backwards, self._fused)
-        torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
-        self._forward.__enter__()
+        with ExitStack() as undo:  # a module that cannot be hooked leaves nothing half open
+            run_eagerly()
+            undo.callback(run_compiled)
+            self._backwards = Backwards(self, self._every, claimed, self._layout, self._keeps_edges)
+            undo.callback(self._backwards.close)
+            _watched.update((id(entry.parameter), entry.name) for entry in self._every)
+            undo.callback(self._forget)
+            self._forward = Forward(self.model, self._every, chosen, claims, self._layout, self._backwards, self._fused)
+            torch.clear_autocast_cache()  # a cast from before would lead from the parameter past this watch
+            self._forward.__enter__()
+            undo.pop_all()
         self._state = "open"
         return self
+
+    def _forget(self) -> None:
+        for entry in self._every:
+            del _watched[id(entry.parameter)]
 
     def __exit__(self, kind: Any, error: Any, trace: Any) -> None:
         self._state = "closed"
@@ -119,8 +129,7 @@ class Watch:
         del self._forward, self._backwards  # they lead back here: the results go as soon as their user drops them
         forward.__exit__(kind, error, trace)
         run_compiled()
-        for entry in self._every:
-            del _watched[id(entry.parameter)]
+        self._forget()
         forward.close()
         backwards.close()
         if kind is not None:

@@ -141,3 +141,24 @@ def test_the_backend_of_the_record_is_used_in_backward(monkeypatch):
         with gf.backend("auto"):
             loss.backward()
     assert seen == {"reference"}
+
+
+def test_a_module_that_cannot_be_hooked_leaves_nothing_half_open():
+    class Unhookable(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def register_forward_pre_hook(self, *args, **kwargs):
+            raise RuntimeError("no hooks here")
+
+        def forward(self, x):
+            return x * self.scale
+
+    model = nn.Sequential(nn.Linear(4, 4), Unhookable())
+    with pytest.raises(RuntimeError, match="no hooks here"), gf.record(model):
+        pass
+    assert not _watched and not any(p._backward_hooks for p in model.parameters())
+    with gf.record(model, parameters="0.*") as rec:
+        model(torch.randn(3, 4)).sum().backward()
+    assert rec.sq_norms.shape == (3,)
