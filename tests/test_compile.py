@@ -31,6 +31,7 @@ CASES = {  # op: (options, arguments for a batch of B)
     "grad_gram": ({"bias": True}, linear),
     "grad_moments": ({"bias": True}, linear),
     "grad_quantities": ({"sqnorm": True}, linear),
+    "grad_weight_sqnorm": ({"bias": True}, linear),
     "conv_sqnorm": (CONV, images),
     "conv_sketch": (CONV, lambda B: (*images(B), torch.randn(3, 2), torch.randn(19, 2))),
     "conv_dot": (CONV, lambda B: (*images(B), torch.randn(B, 3), torch.randn(B, 19))),
