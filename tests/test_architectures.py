@@ -99,6 +99,7 @@ def test_gpt2(tied):
     model = gpt2(tie_word_embeddings=tied)
     rec = check(model, (torch.randint(0, 29, (B, T)),), next_token)
     assert ("lm_head.weight" in rec.names) != tied and "transformer.h.0.attn.c_attn.weight" in rec.names
+    assert "recomputed" not in {row.route for row in gf.coverage(model)}, "Conv1D has factors"
 
 
 def test_gpt2_one_layer_of_it_frozen_below():

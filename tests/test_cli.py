@@ -97,8 +97,9 @@ def test_demo_names_a_missing_package(tmp_path, monkeypatch):
 def test_an_interrupted_demo_leaves_whole_files(tmp_path):
     command = [sys.executable, "-m", "gradclust_fast", "demo", "--steps", "100000", "--limit", "100", "--out", tmp_path]
     process = subprocess.Popen(
-        list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE
-    )
+        list(map(str, command)), cwd=ROOT, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background job's children ignore it
+    )  # fmt: skip
     deadline = time.monotonic() + 120
     while not (tmp_path / "variance.csv").exists() and time.monotonic() < deadline and process.poll() is None:
         time.sleep(0.05)

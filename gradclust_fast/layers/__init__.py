@@ -34,6 +34,9 @@ CALLS: tuple[type[Call], ...] = (
 ROUTES: dict[Callable, type[Call]] = {function: call for call in CALLS for function in call.functions}
 
 
+_BY_OTHER_MARKS = tuple(call for call in CALLS if not call.modules)
+"""Layer types that tell their modules by other marks than a type of torch.nn."""
+
 _known: WeakKeyDictionary[type, tuple[tuple[type[Call], tuple[str, ...]], ...]] = WeakKeyDictionary()
 
 
@@ -53,7 +56,8 @@ def refuses(module: nn.Module, name: str) -> bool:
 
 def route_of(module: nn.Module, name: str) -> type[Call] | None:
     """How the parameter ``name`` of this module is used, or None where no layer type says so."""
-    return next((call for call, _ in _knowing(type(module)) if call.owns(module, name)), None)
+    known = next((call for call, _ in _knowing(type(module)) if call.owns(module, name)), None)
+    return known or next((call for call in _BY_OTHER_MARKS if call.owns(module, name)), None)
 
 
 __all__ = [
