@@ -15,6 +15,7 @@
 #include "conv_moments.h"
 #include "conv_sketch.h"
 #include "conv_sqnorm.h"
+#include "conv_weight_sqnorm.h"
 #include "embedding.h"
 #include "grad_gram.h"
 #include "grad_moments.h"
@@ -133,6 +134,9 @@ void bind_conv(py::module_& m) {
   }, nogil());
   m.def("conv_moments_cpu", [](const ConvTuple& f, int route, uintptr_t first, uintptr_t second, int threads) {
     PICK(conv_moments_cpu)(conv(f), GradientRoute(route), pointer(first), pointer(second), threads);
+  }, nogil());
+  m.def("conv_weight_sqnorm_cpu", [](const ConvTuple& f, int route, uintptr_t weight_grad, uintptr_t sqnorm, int threads) {
+    PICK(conv_weight_sqnorm_cpu)(conv(f), GradientRoute(route), pointer(weight_grad), pointer(sqnorm), threads);
   }, nogil());
   // sides: (left, right, P, Q)
   m.def("conv_sketch_cpu", [](const ConvTuple& f, const std::array<int64_t, 4>& s, int route, uintptr_t out, int threads) {

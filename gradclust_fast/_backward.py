@@ -13,10 +13,10 @@ from torch.autograd.graph import GradientEdge
 from ._claims import ModuleUse, check_sum, rerun
 from ._constants import rows_differ
 from ._dispatch import backend, current_backend
-from ._fused import FusedFactors
+from ._fused import linked
 from ._graphs import keeps_graph, seen_twice
 from ._uses import Entry, Use
-from .layers import BatchLayout, DenseFactors, Factors, LinearFactors, turned
+from .layers import BatchLayout, DenseFactors, Factors, turned
 from .layers.recompute import ExampleMismatchError
 
 if TYPE_CHECKING:
@@ -231,8 +231,7 @@ class Backwards:
             if use.turned and role == "weight":
                 factors = turned(factors)
             if use.link is not None and role == "weight":
-                assert isinstance(factors, LinearFactors)
-                factors = FusedFactors(factors, use.link)
+                factors = linked(factors, use.link)
         except ValueError as error:
             raise ValueError(f"{name}: its layer {error}") from error
         self._check_B(run, name, factors.B, use.shape)

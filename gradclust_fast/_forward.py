@@ -12,7 +12,7 @@ from torch.overrides import TorchFunctionMode, resolve_name
 from ._backward import Backwards
 from ._claims import Claim, Claims, ModuleUse
 from ._constants import Constants
-from ._fused import FusedLinear, Link, fusable
+from ._fused import Link, call_linked, fusable
 from ._graphs import BACKWARDS, TURNS, check_graph, engine_arguments, started_from
 from ._shared import Met, Root, Shared, repeated
 from ._uses import Entry, Use, autocast_input, differentiable, find, gradient_edge, is_dtensor
@@ -163,7 +163,7 @@ class Forward(TorchFunctionMode):
             weight = call.parameters["weight"]
             assert weight is not None
             link = Link(weight)
-            out = FusedLinear.apply(link, call.held, weight, call.parameters["bias"])
+            out = call_linked(call, func, link)
         else:
             out = func(*args, **kwargs)
         if not out.requires_grad:

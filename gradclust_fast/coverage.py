@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ._dispatch import OPS
-from .layers import LinearCall, recompute, registered
+from .layers import Call, ConvCall, LinearCall, recompute, registered
 from .layers.registered import COST as REGISTERED_COST
 from .selection import Parameters, kind, split
 
@@ -90,14 +90,24 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None, *, fused: bo
             route, cost = "registered", REGISTERED_COST
         else:
             route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
-            if fused and calls == [LinearCall] and entry.owners[0][1] == "weight":
-                route, cost = "fused", "computed together with the weight's gradient, if it is used once"
-                notes.append(_fused_route(entry.parameter))
+            if fused and entry.owners[0][1] == "weight":
+                gain = _fused_route(calls, entry.parameter)
+                if gain is not None:
+                    route, cost = "fused", "computed together with the weight's gradient, if it is used once"
+                    notes.append(gain)
         rows.append(CoverageRow(entry.name, kind(entry), route, cost, "; ".join(notes)))
     return rows
 
 
-def _fused_route(weight: torch.Tensor) -> str:
+def _fused_route(calls: list[type[Call] | None], weight: torch.Tensor) -> str | None:
+    """How a weight's gradient and norms would be made together; None where they are not."""
+    if calls == [ConvCall] and weight.device.type == "cpu":
+        reason = OPS["conv_weight_sqnorm"].kernels["cpu"].refuses(weight)
+        if reason is None:
+            return "in one pass (C++)"
+        return f"torch's convolution, then the norms, which saves nothing: {reason}"
+    if calls != [LinearCall]:
+        return None
     kernel = OPS["grad_weight_sqnorm"].kernels["triton"]
     reason = kernel.refuses(weight) or kernel.loses(weight)
     if reason is None:

@@ -37,6 +37,7 @@ CASES = {  # op: (options, arguments for a batch of B)
     "conv_dot": (CONV, lambda B: (*images(B), torch.randn(B, 3), torch.randn(B, 19))),
     "conv_gram": (CONV, images),
     "conv_moments": (CONV, images),
+    "conv_weight_sqnorm": (CONV, images),
     "embedding_sqnorm": (TABLE, looked_up),
     "embedding_sketch": (TABLE, lambda B: (*looked_up(B), torch.randn(9, 2), torch.randn(4, 2))),
     "embedding_dot": (TABLE, lambda B: (*looked_up(B), torch.randn(B, 9), torch.randn(B, 4))),

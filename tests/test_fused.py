@@ -321,7 +321,7 @@ def test_without_norms_there_is_nothing_to_fuse():
 
 
 def test_other_layers_and_wrapped_inputs_take_the_plain_way():
-    model = nn.Sequential(nn.Conv1d(3, 4, 1), nn.Flatten(), nn.LayerNorm(20), nn.Linear(20, 2))
+    model = nn.Sequential(nn.ConvTranspose1d(3, 4, 1), nn.Flatten(), nn.LayerNorm(20), nn.Linear(20, 2))
     assert_step(model, torch.randn(5, 3, 5), torch.randn(5, 2), ["3.weight"])
 
     class Wrapped(torch.Tensor):

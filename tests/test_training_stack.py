@@ -81,6 +81,7 @@ def op_calls():
         "conv_dot": lambda: gf.ops.conv_dot(image, out, torch.ones(2, 3), torch.ones(2, 18), **conv),
         "conv_gram": lambda: gf.ops.conv_gram(image, out, **conv),
         "conv_moments": lambda: gf.ops.conv_moments(image, out, **conv),
+        "conv_weight_sqnorm": lambda: gf.ops.conv_weight_sqnorm(image, out, **conv),
         "embedding_sqnorm": lambda: gf.ops.embedding_sqnorm(*looked_up, num_embeddings=7),
         "embedding_sketch": lambda: gf.ops.embedding_sketch(
             *looked_up, torch.ones(7, 2), torch.ones(5, 2), num_embeddings=7

@@ -15,8 +15,8 @@ SIZES = ((32, 256, 512, 512), (16, 128, 256, 1024))
 
 def cases() -> Iterator[Case]:
     for size in GPU_SIZES if on_gpu() else SIZES:
-        for dtype in (torch.bfloat16, torch.float32)[: 1 if on_gpu() else 2]:
-            yield case(*size, dtype)
+        # A CPU without bfloat16 products takes minutes for torch's own.
+        yield case(*size, torch.bfloat16 if on_gpu() else torch.float32)
 
 
 def case(B: int, T: int, I: int, O: int, dtype: torch.dtype) -> Case:

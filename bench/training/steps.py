@@ -44,6 +44,10 @@ def sketched(task: Task, model: nn.Module, batch: tuple[Tensor, ...]) -> Step:
     return recorded(task, model, batch, gf.Sketch(dim=256))
 
 
+def fused(task: Task, model: nn.Module, batch: tuple[Tensor, ...]) -> Step:
+    return recorded(task, model, batch, fused=True)
+
+
 def opacus_ghost(task: Task, model: nn.Module, batch: tuple[Tensor, ...]) -> Step:
     from opacus.grad_sample import GradSampleModuleFastGradientClipping
 
@@ -109,6 +113,7 @@ def per_example_gradients(task: Task, model: nn.Module, batch: tuple[Tensor, ...
 
 WAYS: dict[str, Callable[[Task, nn.Module, tuple[Tensor, ...]], Step]] = {
     "gf.record": recorded,
+    "gf.record, fused": fused,
     "gf.record with a sketch": sketched,
     "Opacus ghost": opacus_ghost,
     "BackPACK": backpack_norms,

@@ -8,6 +8,7 @@ from .conv_gram import conv_gram
 from .conv_moments import conv_moments
 from .conv_sketch import conv_sketch
 from .conv_sqnorm import conv_sqnorm
+from .conv_weight_sqnorm import conv_weight_sqnorm
 from .embedding_dot import embedding_dot
 from .embedding_gram import embedding_gram
 from .embedding_moments import embedding_moments
@@ -32,6 +33,7 @@ __all__ = [
     "conv_moments",
     "conv_sketch",
     "conv_sqnorm",
+    "conv_weight_sqnorm",
     "embedding_dot",
     "embedding_gram",
     "embedding_moments",

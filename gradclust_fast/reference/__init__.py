@@ -8,6 +8,7 @@ from . import conv_gram as conv_gram
 from . import conv_moments as conv_moments
 from . import conv_sketch as conv_sketch
 from . import conv_sqnorm as conv_sqnorm
+from . import conv_weight_sqnorm as conv_weight_sqnorm
 from . import embedding_dot as embedding_dot
 from . import embedding_gram as embedding_gram
 from . import embedding_moments as embedding_moments

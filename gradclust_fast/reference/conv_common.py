@@ -102,3 +102,30 @@ def filtered(
     conv = CONV[len(kernel_size)]
     out = conv(image, weight, constant, list(stride), before, list(dilation), groups)
     return out.reshape(act.shape[0], groups, n, out.shape[2:].numel())
+
+
+def weight_gradient(
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    groups: int,
+    bias: bool,
+) -> torch.Tensor:
+    """Σ_b G_b [O, I (+ 1)] in the factors' dtype, by the convolution that a backward computes."""
+    O, C = grad.shape[1], act.shape[1] // groups
+    total = grad.sum([0, *range(2, grad.dim())])[:, None]  # [O, 1]
+    weight = act.new_empty(1).expand(O, C, *kernel_size)  # for its shape
+    if weight.numel() == 0 or act.numel() == 0 or grad.numel() == 0:
+        found = total.new_zeros(O, weight.shape[1:].numel())
+    else:
+        before = list(padding[::2])
+        if before != list(padding[1::2]):
+            act, before = pad(act, padding), [0] * len(before)
+        found = torch.ops.aten.convolution_backward(
+            *(grad, act, weight, None, list(stride), before, list(dilation)),
+            *(False, [0] * len(before), groups, [False, True, False]),
+        )[1].flatten(1)
+    return torch.cat([found, total], 1) if bias else found

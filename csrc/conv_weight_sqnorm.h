@@ -1,0 +1,13 @@
+// A convolution's weight gradient and ‖G_b‖² of every example, together. The kernel is in cpu/conv_weight_sqnorm.cpp.
+#pragma once
+#include "launch.h"
+#include "types.h"
+
+namespace gradclust {
+
+// weight_grad [O, I], or [O, I + 1] with a bias; sqnorm [B]; float64 for float64 factors, else float32. Nothing may be
+// empty.
+GRADCLUST_CPU_LAUNCHER(conv_weight_sqnorm_cpu, const ConvFactors& f, GradientRoute route, void* weight_grad,
+                       void* sqnorm, int threads)
+
+}  // namespace gradclust
