@@ -21,6 +21,7 @@
 #include "grad_moments.h"
 #include "grad_quantities.h"
 #include "grad_sqnorm.h"
+#include "grad_weight_sqnorm.h"
 #include "norm_grads.h"
 #include "stamp.h"
 #include "tuples.h"
@@ -86,6 +87,9 @@ void bind_linear(py::module_& m) {
   }, nogil());
   m.def("grad_moments_cpu", [](const LinearTuple& f, uintptr_t first, uintptr_t second, int threads) {
     PICK(grad_moments_cpu)(linear(f), pointer(first), pointer(second), threads);
+  }, nogil());
+  m.def("grad_weight_sqnorm_cpu", [](const LinearTuple& f, uintptr_t weight_grad, uintptr_t sqnorm, int threads) {
+    PICK(grad_weight_sqnorm_cpu)(linear(f), pointer(weight_grad), pointer(sqnorm), threads);
   }, nogil());
   // questions: (sqnorm, gram, sketch, left, right, P, Q, dot, center_grad, center_act, K, rank)
   m.def("grad_quantities_cpu", [](const LinearTuple& f, const std::array<int64_t, 12>& q, int threads) {

@@ -9,7 +9,10 @@ from oracle import linear_grads
 from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
+from gradclust_fast import _native
 from gradclust_fast.triton_kernels import _support
+
+by_kernel = importlib.import_module("gradclust_fast.ops.grad_weight_sqnorm").by_kernel
 
 
 def assert_matches(found, act, grad, bias, dtype):
@@ -89,6 +92,48 @@ def test_explain_names_the_route():
         return
     with gf.backend("cpu"):
         assert "torch's product, then the norms: centred Gram" in gf.explain("grad_weight_sqnorm", act, grad).route
+        long = torch.ones(2, 300, 64), torch.ones(2, 300, 64)
+        assert "one pass" in gf.explain("grad_weight_sqnorm", *long).route
+
+
+# Few and many positions; several parts of the batch; several blocks, the bias's column alone in one; one output.
+SIZES = [(3, 2, 5, 4), (2, 300, 30, 20), (50, 3, 40, 33), (9, 20, 250, 210), (1, 7, 192, 193), (130, 2, 8, 1)]
+
+
+@pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("B, T, I, O", SIZES)
+def test_the_one_pass_is_right_where_it_would_not_be_chosen(B, T, I, O, bias, dtype):
+    act, grad = factors(B, (T,), I, O, dtype)
+    assert_matches(by_kernel(act, grad, bias, None), act, grad, bias, dtype)
+
+
+@pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
+def test_one_pass_keeps_its_digits_its_rows_and_its_bits():
+    for dtype in (torch.float32, torch.bfloat16):
+        near = near_constant_factors(dtype)
+        assert_matches(by_kernel(*near, False, None), *near, False, dtype)
+    act, grad = factors(70, (9,), 200, 40, torch.float32)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for n in (1, 2, 5):
+            torch.set_num_threads(n)
+            results.append(by_kernel(act, grad, True, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for each in results for a, b in zip(each, results[0]))
+    act[4, 3, 5] = float("nan")
+    sqnorm, rest = by_kernel(act, grad, True, None)[1], torch.arange(70) != 4
+    assert sqnorm[4].isnan() and torch.equal(sqnorm[rest], results[0][1][rest])
+
+
+@pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
+def test_one_pass_where_squares_leave_the_range_of_float32():
+    act, grad = factors(4, (6,), 20, 30, torch.float32)
+    scale = torch.tensor([1e-25, 1e-15, 0.0, 1.0]).reshape(4, 1, 1)
+    sqnorm = by_kernel(act * scale, grad * 1e-5, False, None)[1]
+    G = linear_grads(act * scale, grad * 1e-5, False)
+    torch.testing.assert_close(sqnorm.double(), G.square().sum((1, 2)).float().double(), rtol=1e-5, atol=0)
 
 
 @pytest.mark.parametrize("act, grad, error, message", WRONG_FACTORS)

@@ -104,6 +104,16 @@ template <> inline __attribute__((always_inline)) vec_t<double> load_converted<d
 template <typename in_t>
 void pack_columns(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride, int64_t depth, int64_t columns,
                   const acc_t<in_t>* shift = nullptr) {
+  using acc = acc_t<in_t>;
+  if (columns == NR<acc>) {  // most panels: whole vectors, the shift in registers
+    vec_t<acc> off[NV];
+    for (int v = 0; v < NV; ++v) off[v] = shift ? load_vec(shift + v * LANES<acc>) : vec_t<acc>{};
+    for (int64_t k = 0; k < depth; ++k, dst += NR<acc>, src += stride)
+#pragma GCC unroll 4
+      for (int v = 0; v < NV; ++v)
+        store_vec(dst + v * LANES<acc>, load_converted(src + v * LANES<acc>) - off[v]);
+    return;
+  }
   for (int64_t k = 0; k < depth; ++k, dst += width, src += stride) {
     convert(src, dst, columns);
     if (shift)
