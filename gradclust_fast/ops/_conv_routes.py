@@ -89,7 +89,8 @@ def phases(size: int, out: int, kernel: int, stride: int, before: int, dilation:
 def gradient_costs(layer: Layer) -> dict[str, float]:
     """Work of making G_b of one example by each route, in FLOP at the direct route's speed.
 
-    The constants are measured (AVX2): placing a number of grad or of a channel costs 24 or 48 FLOP.
+    The constants are measured (AVX2): placing a number of grad or of a channel costs 24 or 48 FLOP, and what becomes of
+    a tile as much as six positions.
     """
     C, O, groups, _, out, kernel_size, stride, _, dilation = layer
     T, kernel = layer.T, math.prod(kernel_size)
@@ -97,7 +98,7 @@ def gradient_costs(layer: Layer) -> dict[str, float]:
     rows = math.prod((n - 1) * s + (k - 1) * d + 1 for n, s, k, d in zip(out, stride, kernel_size, dilation)) / out[-1]
     taps = 9 * -(-kernel // 9)
     return {
-        "direct": groups * T * lanes(O) * (2 * C * kernel + 24),
+        "direct": groups * lanes(O) * (2 * C * kernel * (T + 6) + 24 * T),
         "correlate": groups * O * C * (2.2 * T / out[-1] * width * taps + 48 * rows * width + 600 * taps),
     }
 

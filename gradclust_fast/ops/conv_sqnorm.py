@@ -79,14 +79,18 @@ _GRAM_BYTES = 1 << 26  # of stored Grams a thread; beyond it they leave the last
 def costs(layer: Layer) -> dict[str, float]:
     """Work of each route for one example, in FLOP at the direct route's speed.
 
-    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed, and adding up shifted
-    Grams costs 9 FLOP a number.
+    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed, adding up shifted Grams
+    costs 9 FLOP a number in rows of 16, more in shorter ones, and a phase of the stride as much as 40,000 FLOP and 1200
+    a channel. Of few positions the mean is often most, and taking it out costs 330 a kernel element and output channel.
     """
     T, kernel, counts = layer.T, layer.columns // layer.C, position_counts(layer)
     work = dict(gradient_costs(layer))
     if 4 * sum(counts) * 2 * T <= _GRAM_BYTES:
         triangles = sum(P * (P + 24) for P in counts) * layer.C + T * (T + 24) * layer.O
-        work["gram"] = layer.groups * (1.35 * triangles + 4.5 * T * T * (kernel + 2))
+        shifted = 2 * T * T * (kernel + 2) * (1 + 20 / layer.out[-1])
+        phases = len(counts) * (4e4 + 1200 * layer.C)
+        means = 330 * kernel * layer.O if T < 8 else 0
+        work["gram"] = layer.groups * (1.35 * triangles + shifted + phases + means)
     return work
 
 
