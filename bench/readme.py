@@ -17,7 +17,13 @@ from gradclust_fast._files import write_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 BEGIN, END = "<!-- numbers: python -m bench.readme -->", "<!-- end of numbers -->"
-YARDSTICKS = {"layer's forward + backward", "one sgemm (no algorithm)"}
+YARDSTICKS = {
+    "layer's forward + backward",
+    "layer's weight gradient",
+    "layer's weight gradient alone",
+    "product alone (no norms)",
+    "one sgemm (no algorithm)",
+}
 """What gives a time its scale but does other work: more than 1 is no loss."""
 PAGE = ROOT / "docs" / "benchmarks.md"
 
@@ -50,6 +56,27 @@ def kernel_table(rows: list[dict[str, str]]) -> list[str]:
             f"| `{row['op']}` | {row['label']} | {row['baseline']} | {ratio:.2f}{remark} | {low:.2f} to {high:.2f} |"
         )
     return lines
+
+
+def step_table(folder: Path) -> list[str]:
+    """Models against ways: the step with every example's norm divided by the step without."""
+    if not (folder / "training.csv").exists():
+        return []
+    rows = rows_of(folder / "training.csv")
+    ways = list(dict.fromkeys(row["method"] for row in rows if row["ratio"]))
+    lines = [
+        "A training step with every example's gradient norm divided by the same step without, interleaved in one run "
+        "of the same machine; medians of the per-round ratios (`python -m bench.run --training`; quartiles and peak memory "
+        "are in the [guide](docs/benchmarks.md#training-steps)):",
+        "",
+        "| model | " + " | ".join(ways) + " |",
+        "| --- |" + " --- |" * len(ways),
+    ]
+    for label in dict.fromkeys(row["label"] for row in rows):
+        found = {row["method"]: row["ratio"] for row in rows if row["label"] == label}
+        cells = [f"{float(found[way]):.2f}" if found.get(way) else "–" for way in ways]
+        lines.append(f"| {label} | " + " | ".join(cells) + " |")
+    return [*lines, ""]
 
 
 def training_lines(folder: Path) -> list[str]:
@@ -160,6 +187,7 @@ def main() -> None:
     numbers = [
         *study_lines(ROOT / "bench" / "results" / "study"),
         "",
+        *step_table(folder),
         f"Kernels (`make bench`). {about}. One row an op; all rows, losing ones included, are in the "
         "[guide](docs/benchmarks.md).",
         "",

@@ -29,7 +29,7 @@ class Forward(TorchFunctionMode):
         every: the watched parameters, in the order of ``chosen``.
         claims: the modules that answer for watched parameters themselves.
         backwards: where the uses wait.
-        fused: whether linear layers hand their weight gradient over to whatever makes the norms.
+        fused: whether linear layers and convolutions hand their weight gradient over to whatever makes the norms.
     """
 
     def __init__(

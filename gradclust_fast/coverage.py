@@ -101,18 +101,21 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None, *, fused: bo
 
 def _fused_route(calls: list[type[Call] | None], weight: torch.Tensor) -> str | None:
     """How a weight's gradient and norms would be made together; None where they are not."""
-    if calls == [ConvCall] and weight.device.type == "cpu":
+    on_cpu = weight.device.type == "cpu"
+    if calls == [ConvCall] and on_cpu:
         reason = OPS["conv_weight_sqnorm"].kernels["cpu"].refuses(weight)
-        if reason is None:
-            return "in one pass (C++)"
-        return f"torch's convolution, then the norms, which saves nothing: {reason}"
+        return f"torch's convolution, then the norms, which saves nothing: {reason}" if reason else "in one pass (C++)"
     if calls != [LinearCall]:
         return None
-    kernel = OPS["grad_weight_sqnorm"].kernels["triton"]
+    name = "cpu" if on_cpu else "triton"
+    kernel = OPS["grad_weight_sqnorm"].kernels[name]
     reason = kernel.refuses(weight) or kernel.loses(weight)
-    if reason is None:
-        return "long sequences in one pass (Triton), short ones by torch's product and a kernel for the norms"
-    return f"torch's product, then the norms, which saves nothing: {reason}"
+    if reason is not None:
+        return f"torch's product, then the norms, which saves nothing: {reason}"
+    return (
+        f"sequences in one pass ({'C++' if on_cpu else 'Triton'}), short ones and single vectors by torch's product and "
+        "a kernel for the norms"
+    )
 
 
 def _couples_batch(module: torch.nn.Module) -> bool:

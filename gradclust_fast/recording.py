@@ -70,11 +70,11 @@ class record(Watch):
         batch_dim: dimension of the batch in linear layers on sequences, 0 or 1.
         batch_size: number of examples, where some layer sees several rows an example.
         parameters: name globs, or a predicate(name, parameter); None records every trainable parameter.
-        fused: compute the weight gradient of a linear layer and its norms together (``gf.ops.grad_weight_sqnorm``). The
-            weight's ``.grad`` is then accumulated in another order, and no longer bit for bit that of a plain step.
-            Weights used more than once or transposed, and layers inside of a checkpoint, go the plain way.
-            ``gf.coverage(model, fused=True)`` tells what it gains where the model is; ``rec.fused_parameters`` what
-            went this way.
+        fused: compute the weight gradients of linear layers and, on a CPU, of convolutions together with their norms
+            (``gf.ops.grad_weight_sqnorm``, ``gf.ops.conv_weight_sqnorm``). The weight's ``.grad`` is then accumulated
+            in another order, and no longer bit for bit that of a plain step. Weights used more than once or transposed,
+            and layers inside of a checkpoint, go the plain way. ``gf.coverage(model, fused=True)`` tells what it gains
+            where the model is; ``rec.fused_parameters`` what went this way.
 
     Raises:
         NotImplementedError: a recorded parameter without a route (on entry, all of them at once), or a use of one

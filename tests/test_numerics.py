@@ -222,3 +222,27 @@ def test_reused_factors_of_opposite_scales():
     close(one.concat(other).sqnorm(), want, 1e-5)
     zero = LinearFactors(torch.zeros_like(a), d)
     close(zero.concat(LinearFactors(x, y)).sqnorm(), (y.double().mT @ x.double()).square().sum((1, 2)), 1e-5)
+
+
+@pytest.mark.parametrize("positions", [(), (2,)], ids=["vectors", "sequences"])
+def test_the_rounding_of_long_sums_of_equal_numbers_does_not_add_up(backend, positions):
+    """A million features (a flattened image): a float32 sum of so many equal squares is off by 1e-4."""
+    act, grad = torch.full((2, *positions, 1 << 20), 1.1), torch.full((2, *positions, 3), 0.7)
+    G = (grad.double()[..., :, None] * act.double()[..., None, :]).reshape(2, -1, 3, 1 << 20).sum(1)
+    expected = G.square().sum((1, 2))
+    for found in (
+        gf.ops.grad_sqnorm(act, grad),
+        gf.ops.grad_quantities(act, grad, sqnorm=True).sqnorm,
+        gf.ops.grad_weight_sqnorm(act, grad)[1],
+    ):
+        torch.testing.assert_close(found.double(), expected, rtol=2e-6, atol=0)
+
+
+@pytest.mark.parametrize("name", ["conv_sqnorm", "conv_weight_sqnorm"])
+@pytest.mark.parametrize("C, O, size, groups", [(256, 256, 12, 1), (2048, 2048, 8, 2048), (1500, 1500, 3, 1)])
+def test_the_rounding_of_many_equal_entries_does_not_add_up(name, C, O, size, groups):
+    act, grad = torch.full((1, C, size, size), 1.1), torch.full((1, O, size - 2, size - 2), 0.7)
+    entry = act[0, 0, 0, 0].double() * grad[0, 0, 0, 0].double() * (size - 2) ** 2
+    found = getattr(gf.ops, name)(act, grad, kernel_size=3, groups=groups)
+    sqnorm = found[1] if name == "conv_weight_sqnorm" else found
+    torch.testing.assert_close(sqnorm.double(), (O * C // groups * 9 * entry**2)[None], rtol=2e-5, atol=0)

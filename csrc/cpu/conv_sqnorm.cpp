@@ -20,7 +20,8 @@ template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const D
   acc* packed = work.take<acc>(packed_size);
   acc* lanes = work.take<acc>(p.T * N);
   acc* panel = work.take<acc>(tiles * N);
-  vec_t<acc> total[TILE_VECTORS] = {};
+  double sqnorm = 0;
+  vec_t<acc> total[TILE_VECTORS] = {};  // of one panel of output channels
   auto add_squares = [&](const acc* row) {
     for (int v = 0; v < TILE_VECTORS; ++v) {
       vec_t<acc> G = load_vec(row + v * L);
@@ -45,16 +46,18 @@ template <typename in_t> acc_t<in_t> direct_sqnorm(const ConvFactors& f, const D
           if (begin + p.block >= p.outer)
             for (int r = 0; r < min_of(TILE_ROWS, p.I - i); ++r) add_squares(tile + r * N);
         }
+      sqnorm += sum_lanes<acc>(total[0] + total[1]);
+      total[0] = total[1] = vec_t<acc>{};
     }
   }
-  return sum_lanes<acc>(total[0] + total[1]);
+  return acc_t<in_t>(sqnorm);
 }
 
 template <typename in_t> acc_t<in_t> correlate_sqnorm(const ConvFactors& f, const CorrelatePlan& p, int64_t b) {
-  acc_t<in_t> total = 0;
+  double total = 0;
   for (int64_t o = 0; o < f.O; ++o)
     correlate_row<in_t>(f, p, b, o, 0, p.C, f.bias, [&](int64_t, acc_t<in_t> G) { total += G * G; });
-  return total;
+  return acc_t<in_t>(total);
 }
 
 }  // namespace

@@ -216,10 +216,10 @@ template <typename T> T centre(T* panels, int64_t count, int64_t C, T* mean) {
 }
 
 // What centring took away, Σ_δ 2⟨G̃_δ, s_δ μᵀ⟩ + ‖s_δ‖²‖μ‖², from the centred image and the packed grad.
-template <typename T> T restore(const GramPlan& p, const Phase& phase, const T* image, const T* mean, T mean_sqnorm,
+template <typename T> double restore(const GramPlan& p, const Phase& phase, const T* image, const T* mean, T mean_sqnorm,
                                 const T* grad, T* inside, T* level) {
   constexpr int64_t N = TILE_WIDTH<T>;
-  T total = 0;
+  double total = 0;
   for (int64_t e = 0; e < phase.elements; ++e) {
     for (int64_t t = 0; t < round_up(p.T, N); ++t) {  // spare lanes of grad are zero, but must not meet garbage
       int64_t position = t < p.T ? phase.row[p.out.grid[t] + phase.shift[e]] : -1;
@@ -280,7 +280,7 @@ template <typename in_t> acc_t<in_t> gram_sqnorm(const ConvFactors& f, const Gra
   acc* level = work.take<acc>(rows);
   acc* mean = work.take<acc>(p.C * LANES<acc>);
   const acc** shifted = work.take<const acc*>(p.kernel);
-  acc total = 0;
+  double total = 0;
   for (int64_t g = 0; g < f.groups; ++g) {
     pack_panels<in_t>(static_cast<const in_t*>(f.grad) + b * f.grad_stride[0] + g * p.O * f.grad_stride[1],
                       f.grad_stride[1], p.O, p.out, grad);
@@ -317,7 +317,7 @@ template <typename in_t> acc_t<in_t> gram_sqnorm(const ConvFactors& f, const Gra
         total += sum * sum;
       }
   }
-  return total;
+  return acc(total);
 }
 
 }  // namespace

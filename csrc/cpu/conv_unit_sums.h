@@ -47,7 +47,7 @@ template <typename T> struct NormSquares {
       for (int v = 0; v < TILE_VECTORS; ++v) store_vec(to + v * LANES<T>, sum[v]);
     }
   };
-  T* norms;                    // [B]
+  double* norms;               // [B]
   T lanes[MOST_EXAMPLES * N];  // lane by lane until the end
   void begin(int64_t count) { memset(lanes, 0, size_t(count * N) * sizeof(T)); }
   __attribute__((always_inline)) Tile tile(int64_t example, int64_t) {

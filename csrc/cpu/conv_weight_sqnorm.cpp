@@ -20,15 +20,16 @@ void conv_weight_sqnorm_cpu(const ConvFactors& f, GradientRoute route, void* wei
     Units<acc> units;
     units.plan(f, route, UNIT_ENTRIES);
     acc *const out[1] = {static_cast<acc*>(weight_grad)}, *total = static_cast<acc*>(sqnorm);
-    acc* norms = norms_scratch.get<acc>(units.count * f.B);
+    double* norms = norms_scratch.get<double>(units.count * f.B);
     sum_units<in_t, 1>(f, units, out, threads, [&](int64_t unit, acc*) {
       NormSquares<acc> squares;
       squares.norms = norms + unit * f.B;
       return squares;
     });
     for (int64_t b = 0; b < f.B; ++b) {
-      total[b] = norms[b];
-      for (int64_t unit = 1; unit < units.count; ++unit) total[b] += norms[unit * f.B + b];
+      double sum = 0;
+      for (int64_t unit = 0; unit < units.count; ++unit) sum += norms[unit * f.B + b];
+      total[b] = acc(sum);
     }
   });
 }

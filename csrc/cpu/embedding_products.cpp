@@ -57,7 +57,7 @@ void embedding_products_kernel(const EmbeddingFactors& f, const acc_t<in_t>* rig
       // All rows of several short examples, or one long example, a block of rows at a time.
       for (int64_t t0 = 0; t0 < T; t0 += examples > 1 ? T : most) {
         Rows block{b0 * T + t0, examples > 1 ? (b_end - b0) * T : min_of(most, T - t0), T};
-        project(G, block, G_strip, static_cast<acc*>(nullptr), converted);
+        project(G, block, G_strip, nullptr, converted);
         for (int64_t r = 0; r < block.count; ++r) {
           int64_t b = (block.first + r) / T, t = (block.first + r) % T;
           int64_t v = f.index[b * f.index_stride_b + t * f.index_stride_t];

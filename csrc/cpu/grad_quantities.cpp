@@ -11,7 +11,7 @@
 namespace gradclust::GRADCLUST_ISA {
 namespace {
 
-thread_local Scratch columns_scratch, rows_scratch, example_scratch;
+thread_local Scratch columns_scratch, rows_scratch, sqnorm_scratch, example_scratch;
 
 template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, const Questions& q, int threads) {
   using acc = acc_t<in_t>;
@@ -42,9 +42,9 @@ template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, con
         pack_panel(D, (c - A_panels) * NR<acc>);
     }
     // Tiles read up to NR columns past a strip's last row.
-    acc* A_strip = rows_scratch.get<acc>((A_ld + D_ld) * most + 2 * NR<acc> + 2 * most + most * BLOCK_DEPTH);
-    acc *D_strip = A_strip + A_ld * most + NR<acc>, *A_sqnorm = D_strip + D_ld * most + NR<acc>;
-    acc *D_sqnorm = A_sqnorm + most, *converted = D_sqnorm + most;
+    acc* A_strip = rows_scratch.get<acc>((A_ld + D_ld) * most + 2 * NR<acc> + most * BLOCK_DEPTH);
+    acc *D_strip = A_strip + A_ld * most + NR<acc>, *converted = D_strip + D_ld * most + NR<acc>;
+    double *A_sqnorm = sqnorm_scratch.get<double>(2 * most), *D_sqnorm = A_sqnorm + most;
 #pragma omp for schedule(dynamic)
     for (int64_t group = 0; group < groups; ++group) {
       int64_t b0 = group * examples, b_end = min_of(b0 + examples, f.B);

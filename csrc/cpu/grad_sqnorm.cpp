@@ -22,7 +22,7 @@ template <typename in_t> void grad_sqnorm_rank1_kernel(const LinearFactors& f, a
 #pragma omp parallel for schedule(static) num_threads(threads)
   for (int64_t b0 = 0; b0 < f.B; b0 += ROWS) {
     int64_t end = min_of(b0 + ROWS, f.B);
-    acc_t<in_t> act_sqnorm[ROWS];
+    double act_sqnorm[ROWS];
     for (int64_t b = b0; b < end; ++b) act_sqnorm[b - b0] = row_sqnorm(act + b * f.act_stride_b, f.I);
     for (int64_t b = b0; b < end; ++b) {
       const in_t *a = act + b * f.act_stride_b, *d = grad + b * f.grad_stride_b;

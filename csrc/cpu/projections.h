@@ -63,7 +63,7 @@ struct Rows { int64_t first, count, T; };
 // strip [count, strip_width] = rows · columns + constants, and sqnorm[r] = ‖row r‖² unless null. converted holds
 // count × BLOCK_DEPTH elements where the factors are of a half type.
 template <typename in_t>
-void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, acc_t<in_t>* sqnorm,
+void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, double* sqnorm,
              acc_t<in_t>* converted) {
   using acc = acc_t<in_t>;
   constexpr int64_t M = MR<acc>;

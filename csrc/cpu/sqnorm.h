@@ -6,7 +6,7 @@ namespace gradclust::GRADCLUST_ISA {
 namespace {
 
 // Independent vector accumulators hide the FMA latency.
-template <typename in_t> acc_t<in_t> row_sqnorm(const in_t* row, int64_t n) {
+template <typename in_t> acc_t<in_t> short_row_sqnorm(const in_t* row, int64_t n) {
   using acc = acc_t<in_t>;
   constexpr int L = LANES<acc>, WAYS = 8;
   vec_t<acc> sum[WAYS] = {};
@@ -25,6 +25,14 @@ template <typename in_t> acc_t<in_t> row_sqnorm(const in_t* row, int64_t n) {
     for (int j = 0; j < step; ++j) sum[j] += sum[j + step];
   acc total = sum_lanes<acc>(sum[0]);
   for (; i < n; ++i) total += load(row[i]) * load(row[i]);
+  return total;
+}
+
+// In double from block to block: the rounding of a float32 sum over a million equal numbers is 1e-4 of it.
+template <typename in_t> double row_sqnorm(const in_t* row, int64_t n) {
+  constexpr int64_t BLOCK = 4096;
+  double total = 0;
+  for (int64_t i = 0; i < n; i += BLOCK) total += short_row_sqnorm(row + i, min_of(BLOCK, n - i));
   return total;
 }
 
@@ -201,7 +209,7 @@ double sqnorm_scaled(bool gram, const in_t* act, int64_t act_stride, const in_t*
   scale_rows(act, act_stride, T, I, a_exponent, A);
   scale_rows(grad, grad_stride, T, O, d_exponent, D);
   bool ignored;
-  double sqnorm = T == 1 ? double(row_sqnorm(A, I)) * row_sqnorm(D, O)
+  double sqnorm = T == 1 ? row_sqnorm(A, I) * row_sqnorm(D, O)
                   : gram ? sqnorm_gram(A, I, D, O, T, I, O, false, scratch, ignored)
                          : sqnorm_direct(A, I, D, O, T, I, O, false, scratch);
   sqnorm = __builtin_ldexp(sqnorm, 2 * (a_exponent + d_exponent));

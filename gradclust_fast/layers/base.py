@@ -169,7 +169,10 @@ class DenseFactors(Factors):
         return self.grads.reshape(self.B, self.shape.numel())  # [B, rows·cols]
 
     def sqnorm(self) -> torch.Tensor:
-        return self._flat().square().sum(1)
+        flat = self._flat()
+        if self.shape.numel() == 0:
+            return flat.sum(1)
+        return run_op("grad_sqnorm", flat.new_ones(1, 1).expand(self.B, 1), flat, False)  # one read, and no copy
 
     def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
         out = self.grads.reshape(self.B, *self.matrix_shape)  # [B, rows, cols]

@@ -88,7 +88,8 @@ class LinearCall(Call):
     def factors(self, role: str, grad: torch.Tensor, layout: BatchLayout) -> Factors:
         rows = layout.rows(grad)  # [B, *, O]
         if role == "bias":
-            return DenseFactors(_positions(rows).sum(1, dtype=accumulator(rows.dtype)))
+            dtype = accumulator(rows.dtype)
+            return DenseFactors(rows.to(dtype) if rows.dim() == 2 else _positions(rows).sum(1, dtype=dtype))
         assert self.held is not None
         return LinearFactors(layout.rows(self.held), rows)
 
