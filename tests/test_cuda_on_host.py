@@ -92,6 +92,13 @@ def test_grad_sqnorm_of_one_position(emulator, dtype, B, I, O, bias, order):
     assert_close_to_oracle(gf.ops.grad_sqnorm(wide[:, :I], grad, bias=bias), oracle, eager, dtype)
 
 
+@pytest.mark.parametrize("offset", [0, 1], ids=["aligned", "unaligned"])
+def test_the_rounding_of_a_million_equal_squares_does_not_add_up(emulator, offset):
+    act, grad = torch.full((2, (1 << 20) + offset), 1.1)[:, offset:], torch.full((2, 3), 0.7)
+    expected = act.double().square().sum(1) * grad.double().square().sum(1)
+    torch.testing.assert_close(gf.ops.grad_sqnorm(act, grad).double(), expected, rtol=3e-6, atol=0)
+
+
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("R", [3, 8, 300])
 def test_cluster_sums_in_every_order_of_threads(emulator, dtype, order, R):
