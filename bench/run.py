@@ -12,6 +12,7 @@ import importlib
 import io
 import itertools
 import json
+import os
 import platform
 import re
 import subprocess
@@ -76,7 +77,9 @@ def commit() -> str:
 
 
 def machine(device: str) -> dict[str, Any]:
-    facts: dict[str, Any] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), **gf.build_info()}
+    waiting = os.environ.get("OMP_WAIT_POLICY", "default")
+    facts: dict[str, Any] = {"cpu": cpu_name(), "threads": torch.get_num_threads(), "OMP_WAIT_POLICY": waiting}
+    facts |= gf.build_info()
     if device != "cpu":
         facts["gpu"] = torch.cuda.get_device_name()
         facts["cuda"] = torch.version.cuda
