@@ -66,8 +66,8 @@ def step_table(folder: Path) -> list[str]:
     ways = list(dict.fromkeys(row["method"] for row in rows if row["ratio"]))
     lines = [
         "A training step with every example's gradient norm divided by the same step without, interleaved in one run "
-        "of the same machine; medians of the per-round ratios (`python -m bench.run --training`; quartiles and peak memory "
-        "are in the [guide](docs/benchmarks.md#training-steps)):",
+        "of the same machine; medians of the per-round ratios (`python -m bench.run --training`; quartiles and peak "
+        "memory are in the [guide](docs/benchmarks.md#training-steps)):",
         "",
         "| model | " + " | ".join(ways) + " |",
         "| --- |" + " --- |" * len(ways),
