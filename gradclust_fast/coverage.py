@@ -112,10 +112,8 @@ def _fused_route(calls: list[type[Call] | None], weight: torch.Tensor) -> str | 
     reason = kernel.refuses(weight) or kernel.loses(weight)
     if reason is not None:
         return f"torch's product, then the norms, which saves nothing: {reason}"
-    return (
-        f"sequences in one pass ({'C++' if on_cpu else 'Triton'}), short ones and single vectors by torch's product and "
-        "a kernel for the norms"
-    )
+    how = "C++" if on_cpu else "Triton"
+    return f"sequences in one pass ({how}), short ones and single vectors by torch's product, then the norms"
 
 
 def _couples_batch(module: torch.nn.Module) -> bool:

@@ -79,9 +79,9 @@ _GRAM_BYTES = 1 << 26  # of stored Grams a thread; beyond it they leave the last
 def costs(layer: Layer) -> dict[str, float]:
     """Work of each route for one example, in FLOP at the direct route's speed.
 
-    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed; adding up shifted Grams
-    costs 9 FLOP a number in rows of 16, more in shorter ones; a phase of the stride costs as much as 40,000 FLOP and
-    1200 a channel; where positions are few their mean is often most of them, and taking it out costs 330 a kernel
+    The constants are measured (AVX2): a Gram's triangle runs at 3/4 of the direct route's speed; adding up shifted
+    Grams costs 9 FLOP a number in rows of 16, more in shorter ones; a phase of the stride costs as much as 40,000 FLOP
+    and 1200 a channel; where positions are few their mean is often most of them, and taking it out costs 330 a kernel
     element and output channel.
     """
     T, kernel, counts = layer.T, layer.columns // layer.C, position_counts(layer)
