@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import weakref
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,7 +10,7 @@ from torch.autograd.graph import GradientEdge
 
 from ._claims import ModuleUse, check_sum, rerun
 from ._constants import rows_differ
-from ._dispatch import backend, current_backend
+from ._dispatch import current_backend, forced_backend
 from ._fused import linked
 from ._graphs import keeps_graph, seen_twice
 from ._uses import Entry, Use
@@ -38,6 +36,36 @@ class Backward:
         self.sums: dict[str, tuple[torch.Tensor, float]] = {}  # of claimed parameters: Σ_b G_b and Σ_b ‖G_b‖
         self.grads: dict[str, torch.Tensor] = {}  # and what autograd says it is
         self.state: Any = None  # the consumer's
+
+
+class Quiet:
+    """Context manager: no torch function modes, gradients or autocast; a backend and a number of threads."""
+
+    __slots__ = ("_autocast", "_backend", "_functions", "_grad", "_threads", "_threads_before", "_token")
+
+    def __init__(self, backend: str, threads: int) -> None:
+        self._backend, self._threads = backend, threads
+
+    def __enter__(self) -> None:
+        self._functions, self._grad = torch._C.DisableTorchFunction(), torch.is_grad_enabled()
+        self._functions.__enter__()
+        torch._C._set_grad_enabled(False)
+        self._autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else None
+        if self._autocast is not None:
+            self._autocast.__enter__()
+        self._token = forced_backend.set(self._backend)
+        self._threads_before = torch.get_num_threads()
+        if self._threads_before != self._threads:
+            torch.set_num_threads(self._threads)
+
+    def __exit__(self, *error: object) -> None:
+        if self._threads_before != self._threads:
+            torch.set_num_threads(self._threads_before)
+        forced_backend.reset(self._token)
+        if self._autocast is not None:
+            self._autocast.__exit__(None, None, None)
+        torch._C._set_grad_enabled(self._grad)
+        self._functions.__exit__(None, None, None)
 
 
 class Backwards:
@@ -331,15 +359,6 @@ class Backwards:
             self.watch.backwards += 1
             self.watch._finished(run)
 
-    @contextmanager
-    def quiet(self) -> Iterator[None]:
+    def quiet(self) -> Quiet:
         """The state that ops expect, in whatever thread and under whatever modes backward runs."""
-        threads = torch.get_num_threads()
-        with torch._C.DisableTorchFunction(), torch.no_grad(), torch._C._DisableAutocast(), backend(self._backend):
-            if threads != self._threads:
-                torch.set_num_threads(self._threads)
-            try:
-                yield
-            finally:
-                if threads != self._threads:
-                    torch.set_num_threads(threads)
+        return Quiet(self._backend, self._threads)

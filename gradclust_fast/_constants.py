@@ -24,7 +24,12 @@ class Constants:
     """
 
     def __init__(self, model: nn.Module) -> None:
-        self._own = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+        self._own = {
+            id(tensor): tensor
+            for module in model.modules()
+            for tensor in (*module._parameters.values(), *module._buffers.values())
+            if tensor is not None
+        }
         self._made: dict[int, weakref.ref[torch.Tensor]] = {}
         self._depth = 0  # of calls of the model; outside of them a user may make the batch itself
         # A scripted model takes no hooks, and what runs inside of it is not seen.

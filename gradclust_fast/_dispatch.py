@@ -17,7 +17,7 @@ BACKENDS = ("reference", "cpu", "triton", "cuda")
 OPS: dict[str, Op] = {}
 
 _library = torch.library.Library("gradclust_fast", "DEF")
-_forced: ContextVar[str | None] = ContextVar("gradclust_fast_backend", default=None)
+forced_backend: ContextVar[str | None] = ContextVar("gradclust_fast_backend", default=None)
 
 
 _MISMATCH = re.compile(
@@ -41,7 +41,7 @@ def _checked(name: str, source: str) -> str:
 
 def current_backend() -> str:
     """The backend in force in this thread: ``gf.backend``'s, else ``GRADCLUST_BACKEND``, else ``auto``."""
-    name = _forced.get()
+    name = forced_backend.get()
     if name is None:
         name = _checked(os.environ.get("GRADCLUST_BACKEND") or "auto", "GRADCLUST_BACKEND")
     return name
@@ -63,11 +63,11 @@ def backend(name: str) -> Iterator[None]:
         >>> with gf.backend("reference"):
         ...     norms = gf.ops.grad_sqnorm(torch.ones(2, 3), torch.ones(2, 4))
     """
-    token = _forced.set(_checked(name, "backend"))
+    token = forced_backend.set(_checked(name, "backend"))
     try:
         yield
     finally:
-        _forced.reset(token)
+        forced_backend.reset(token)
 
 
 @dataclass(frozen=True)
@@ -180,7 +180,8 @@ class Op:
     def choose(self, *args: Any) -> Kernel:
         forced = current_backend()
         if forced == "auto":
-            for name in ("cuda", "triton", "cpu"):
+            # Triton's interpreter would run on the CPU too, and always lose.
+            for name in ("cpu",) if args[0].device.type == "cpu" else ("cuda", "triton"):
                 kernel = self.kernels.get(name)
                 if kernel is not None and not kernel.refuses(*args) and not kernel.loses(*args):
                     return kernel

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
@@ -59,7 +60,6 @@ def _is_wrapper(module: nn.Module, child: str) -> bool:
 def named_parameters(model: nn.Module) -> list[Named]:
     """Every parameter once, in ``model.named_parameters()``'s order, under its clean name."""
     found: dict[int, Named] = {}
-    full_names = {id(parameter): name for name, parameter in model.named_parameters()}
     seen: set[int] = set()
 
     def visit(module: nn.Module, prefix: str, owner: nn.Module, inside: str) -> None:
@@ -88,10 +88,12 @@ def named_parameters(model: nn.Module) -> list[Named]:
 
     visit(model, "", model, "")
     entries = list(found.values())
-    names = [entry.name for entry in entries]
-    for entry in entries:
-        if names.count(entry.name) > 1:  # two parameters that only their wrappers' names tell apart
-            entry.name = full_names[id(entry.parameter)]
+    count = Counter(entry.name for entry in entries)
+    if len(count) < len(entries):  # two parameters that only their wrappers' names tell apart
+        full_names = {id(parameter): name for name, parameter in model.named_parameters()}
+        for entry in entries:
+            if count[entry.name] > 1:
+                entry.name = full_names[id(entry.parameter)]
     return entries
 
 

@@ -169,10 +169,7 @@ class DenseFactors(Factors):
         return self.grads.reshape(self.B, self.shape.numel())  # [B, rows·cols]
 
     def sqnorm(self) -> torch.Tensor:
-        flat = self._flat()
-        if self.shape.numel() == 0:
-            return flat.sum(1)
-        return run_op("grad_sqnorm", flat.new_ones(1, 1).expand(self.B, 1), flat, False)  # one read, and no copy
+        return self._flat().square().sum(1)
 
     def sketch(self, left: torch.Tensor | None = None, right: torch.Tensor | None = None) -> torch.Tensor:
         out = self.grads.reshape(self.B, *self.matrix_shape)  # [B, rows, cols]
@@ -230,8 +227,8 @@ class BatchLayout:
         """[*, F] → [B, *, F] with ``features`` trailing dimensions that are not positions."""
         if tensor.dim() <= features:
             raise ValueError(f"has an input of shape {list(tensor.shape)} without a batch dimension; unsqueeze(0) it")
-        tensor = tensor.movedim(min(self.dim, tensor.dim() - features - 1), 0)
-        return self.fold(tensor)
+        dim = min(self.dim, tensor.dim() - features - 1)
+        return self.fold(tensor.movedim(dim, 0) if dim else tensor)
 
     def fold(self, tensor: torch.Tensor) -> torch.Tensor:
         """[n·B, *] → [B, n, *] where ``size`` says that an example has several rows; else unchanged."""
