@@ -41,18 +41,27 @@ template <typename in_t> double row_sqnorm(const in_t* row, int64_t n) {
 template <typename in_t>
 void exact_sums(const in_t* rows, int64_t stride, int64_t T, int64_t F, acc_t<in_t>* total, acc_t<in_t>* mean) {
   using acc = acc_t<in_t>;
-  constexpr int64_t WIDTH = 8 * LANES<double>;
+  constexpr int64_t WIDTH = 512, ROWS = 4;  // long pieces of few rows: streams that the prefetcher follows
+  double sum[WIDTH];
+  acc converted[ROWS][WIDTH];
   for (int64_t f = 0; f < F; f += WIDTH) {
-    int64_t n = min_of(WIDTH, F - f);
-    double sum[WIDTH] = {};
-    acc converted[WIDTH];
-    for (int64_t t = 0; t < T; ++t) {
-      if (n == WIDTH) {
-        convert(rows + t * stride + f, converted, WIDTH);
-        for (int64_t j = 0; j < WIDTH; ++j) sum[j] += converted[j];
-      } else {
-        for (int64_t j = 0; j < n; ++j) sum[j] += load(rows[t * stride + f + j]);
+    const int64_t n = min_of(WIDTH, F - f);
+    for (int64_t j = 0; j < n; ++j) sum[j] = 0;
+    for (int64_t t = 0; t < T; t += ROWS) {
+      const acc* row[ROWS];
+      for (int64_t r = 0; r < ROWS; ++r) {
+        const in_t* from = rows + min_of(t + r, T - 1) * stride + f;
+        row[r] = as_accumulator(from);
+        if (row[r]) continue;
+        convert(from, converted[r], n);
+        row[r] = converted[r];
       }
+      if (t + ROWS <= T)
+        for (int64_t j = 0; j < n; ++j)
+          sum[j] += (double(row[0][j]) + double(row[1][j])) + (double(row[2][j]) + double(row[3][j]));
+      else
+        for (int64_t r = 0; t + r < T; ++r)
+          for (int64_t j = 0; j < n; ++j) sum[j] += row[r][j];
     }
     for (int64_t j = 0; j < n; ++j) total[f + j] = acc(sum[j]), mean[f + j] = acc(sum[j] / double(T));
   }
