@@ -19,8 +19,8 @@ constexpr int64_t PACKED_BYTES = 128 << 10, MOST_EXAMPLES = 64;  // packed toget
 
 template <typename T> GRADCLUST_INLINE void add_vector(T* to, vec_t<T> x) { store_vec(to, load_vec(to) + x); }
 
-// What becomes of the squares: `begin` and `end` around some examples; for every tile of each `tile`, `add` row by row,
-// the first row first, and `finish`.
+// What becomes of the squares: `begin` and `end` around some examples, `end_panel` after some output channels; for every
+// tile of each `tile`, `add` row by row, the first row first, and `finish`.
 // Entry by entry, beside the sums and laid out as they are.
 template <typename T> struct EntrySquares {
   struct Tile {
@@ -31,6 +31,7 @@ template <typename T> struct EntrySquares {
   T* sums;
   void begin(int64_t) {}
   __attribute__((always_inline)) Tile tile(int64_t, int64_t at) { return {sums + at}; }
+  void end_panel(int64_t) {}
   void end(int64_t, int64_t) {}
 };
 
@@ -47,17 +48,26 @@ template <typename T> struct NormSquares {
       for (int v = 0; v < TILE_VECTORS; ++v) store_vec(to + v * LANES<T>, sum[v]);
     }
   };
-  double* norms;               // [B]
-  T lanes[MOST_EXAMPLES * N];  // lane by lane until the end
-  void begin(int64_t count) { memset(lanes, 0, size_t(count * N) * sizeof(T)); }
+  double* norms;                 // [B]
+  T lanes[MOST_EXAMPLES * N];    // of one panel of output channels
+  double total[MOST_EXAMPLES];
+  void begin(int64_t count) {
+    memset(lanes, 0, size_t(count * N) * sizeof(T));
+    for (int64_t e = 0; e < count; ++e) total[e] = 0;
+  }
   __attribute__((always_inline)) Tile tile(int64_t example, int64_t) {
     Tile tile;
     tile.to = lanes + example * N;
     return tile;
   }
-  void end(int64_t b, int64_t count) {
+  void end_panel(int64_t count) {
     for (int64_t e = 0; e < count; ++e)
-      norms[b + e] = sum_lanes<T>(load_vec(lanes + e * N) + load_vec(lanes + e * N + LANES<T>));
+      total[e] += sum_lanes<T>(load_vec(lanes + e * N) + load_vec(lanes + e * N + LANES<T>));
+    memset(lanes, 0, size_t(count * N) * sizeof(T));
+  }
+  void end(int64_t b, int64_t count) {
+    end_panel(count);
+    for (int64_t e = 0; e < count; ++e) norms[b + e] = total[e];
   }
 };
 
@@ -132,6 +142,7 @@ void add_direct(const ConvFactors& f, const DirectPlan& p, const Unit& u, int64_
           add_row(panel, 0, 0, sums + first, tile);
           tile.finish();
         }
+      squares.end_panel(count);
     }
     squares.end(b, count);
   }
