@@ -7,6 +7,7 @@
 //     outcome is that of one row after the other, whatever the block length and the number of threads. Blocks shrink
 //     as more rows move: corrections cost (rows left in the block) per move, a short block a repacking per move.
 //     Where few rows move, the workers screen the rows of their chunk: late sweeps lose the serial pass over all costs.
+//     Where most move, the leader works alone if that is faster (team.h).
 //     Rows are met in random order: they are fetched while the rows before them are multiplied.
 #include "cluster_statistics.h"
 #include "team.h"
@@ -263,9 +264,13 @@ struct ExactMoves : ClusterStatistics {
   void move_rows(double* change, int64_t* moved, int64_t* candidates, double* cost, double* magnitude) {
     double* row = own_scratch();
     double rate = 1;
+    Pace pace;
     for (int64_t first = 0, length; first < N; first += length) {
       length = block_length(rate);
+      const bool many_move = length == SHORTEST;
       length = length < N - first ? length : N - first;
+      team.alone = many_move && pace.alone();
+      pace.begin();
       multiply_block(first, length);
       int64_t moved_before = *moved;
       for (int64_t p = 0; p < length; ++p) {
@@ -283,6 +288,7 @@ struct ExactMoves : ClusterStatistics {
         ++*moved;
       }
       rate = double(*moved - moved_before) / double(length);
+      if (many_move) pace.end();
     }
   }
 
