@@ -84,7 +84,7 @@ def draw_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
     variables = list(dict.fromkeys(row["variable"] for row in rows))
     columns = 3
     lines = -(-len(variables) // columns)
-    figure, grid = plt.subplots(lines, columns, figsize=(12, 3.6 * lines), squeeze=False)
+    figure, grid = plt.subplots(lines, columns, figsize=(12, 4.3 * lines), squeeze=False)
     for axes, variable in zip(grid.flat, variables):
         for row in (row for row in rows if row["variable"] == variable):
             times = [1e3 * timing["median"] for timing in row["timings"]]
@@ -99,8 +99,8 @@ def draw_scaling(rows: Sequence[dict[str, Any]], path: Path) -> None:
         axes.set_xlabel(variable)
         axes.set_ylabel("ms")
         axes.grid(alpha=0.3)
-        axes.legend(fontsize=6.5)
-        axes.set_title(f"time against {variable} (legend: exponent)", fontsize=9)
+        axes.legend(fontsize=7.5, loc="upper center", bbox_to_anchor=(0.5, -0.17), frameon=False)
+        axes.set_title(f"time against {variable} (below: exponents)", fontsize=9)
     for axes in list(grid.flat)[len(variables) :]:
         axes.remove()
     figure.tight_layout()
