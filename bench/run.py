@@ -31,6 +31,7 @@ from bench.compare import compare
 from bench.gate import refusal
 from bench.harness import Case, Ceilings, Row, measure
 from bench.training import run as training
+from gradclust_fast import _native
 from gradclust_fast._files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
@@ -276,6 +277,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     if arguments.device == "cuda" and not torch.cuda.is_available():
         raise SystemExit("--device cuda: torch sees no CUDA device here")
+    if _native.cpu_unavailable() == _native.STALE:  # its rows would be the reference's
+        raise SystemExit(f"nothing was timed: {_native.STALE}")
     try:
         if arguments.training is not None:
             return 1 if train(arguments) else 0

@@ -24,7 +24,7 @@ _NOT_BUILT = (
 )
 
 
-_STALE = (
+STALE = (
     "the native module was built from other sources than those beside it (csrc has changed since); build it anew: "
     "`pip install -e .` in the source tree"
 )
@@ -51,7 +51,7 @@ def _load() -> tuple[Any, str | None]:
         csrc = Path(__file__).resolve().parent.parent / "csrc"
         # An installed package has no sources beside it, and came in one piece.
         if built_from is None or ((csrc / "bindings.cpp").is_file() and built_from != stamp_of(csrc)):
-            return None, _STALE
+            return None, STALE
         return module, None
     except ImportError as error:
         if "GRADCLUST_CPU_ISA" in str(error):  # the user asked for it, so nothing slower may take its place

@@ -14,6 +14,7 @@ import torch
 from bench import compare, gate, gpu_bars, gpu_works, run, scaling
 from bench.gpu_meter import Figure
 from bench.harness import Case, Ceilings, Timing, measure
+from gradclust_fast import _native
 
 
 @pytest.fixture
@@ -35,6 +36,12 @@ def rows(folder):
 
 def go(folder, **options):
     return run.run(["fake_op"], folder, 0.001, quick=True, tested=options.pop("tested", False), **options)
+
+
+def test_a_native_module_older_than_its_sources_times_nothing(monkeypatch):
+    monkeypatch.setattr(_native, "unavailable", _native.STALE)
+    with pytest.raises(SystemExit, match=r"nothing was timed: .* built from other sources"):
+        run.main(["--op", "assign", "--untested"])
 
 
 def test_a_peer_that_raises_or_is_missing_costs_its_own_row_only(fake_op, tmp_path, capsys):
