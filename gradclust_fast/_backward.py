@@ -42,30 +42,47 @@ class Quiet:
     """Context manager: no torch function modes, gradients or autocast; a backend and a number of threads."""
 
     __slots__ = ("_autocast", "_backend", "_functions", "_grad", "_threads", "_threads_before", "_token")
+    _autocast: Any
+    _functions: Any
+    _grad: bool | None
+    _threads_before: int | None
+    _token: Any
 
     def __init__(self, backend: str, threads: int) -> None:
         self._backend, self._threads = backend, threads
+        self._functions = self._grad = self._autocast = self._token = self._threads_before = None
 
     def __enter__(self) -> None:
-        self._functions, self._grad = torch._C.DisableTorchFunction(), torch.is_grad_enabled()
-        self._functions.__enter__()
-        torch._C._set_grad_enabled(False)
-        self._autocast = torch._C._DisableAutocast() if torch._C._is_any_autocast_enabled() else None
-        if self._autocast is not None:
-            self._autocast.__enter__()
-        self._token = forced_backend.set(self._backend)
-        self._threads_before = torch.get_num_threads()
-        if self._threads_before != self._threads:
-            torch.set_num_threads(self._threads)
+        try:
+            functions = torch._C.DisableTorchFunction()
+            functions.__enter__()
+            self._functions = functions
+            self._grad = torch.is_grad_enabled()
+            torch._C._set_grad_enabled(False)
+            if torch._C._is_any_autocast_enabled():
+                autocast = torch._C._DisableAutocast()
+                autocast.__enter__()
+                self._autocast = autocast
+            self._token = forced_backend.set(self._backend)
+            threads = torch.get_num_threads()
+            if threads != self._threads:
+                self._threads_before = threads
+                torch.set_num_threads(self._threads)
+        except BaseException:  # an interruption
+            self.__exit__()
+            raise
 
     def __exit__(self, *error: object) -> None:
-        if self._threads_before != self._threads:
+        if self._threads_before is not None:
             torch.set_num_threads(self._threads_before)
-        forced_backend.reset(self._token)
+        if self._token is not None:
+            forced_backend.reset(self._token)
         if self._autocast is not None:
             self._autocast.__exit__(None, None, None)
-        torch._C._set_grad_enabled(self._grad)
-        self._functions.__exit__(None, None, None)
+        if self._grad is not None:
+            torch._C._set_grad_enabled(self._grad)
+        if self._functions is not None:
+            self._functions.__exit__(None, None, None)
 
 
 class Backwards:

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 
 from ._dispatch import OPS
@@ -207,7 +208,7 @@ def fusable(call: Call, turned: bool) -> bool:
     assert input is not None and weight is not None
     if any(type(each) not in (torch.Tensor, torch.nn.Parameter, type(None)) for each in (input, weight, bias)):
         return False
-    if torch._C._are_functorch_transforms_active():
+    if torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0:
         return False
     if isinstance(call, ConvCall):  # a GPU has no kernel to gain from
         if input.device.type != "cpu" or input.dim() != weight.dim() or symmetric(call) is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
+from torch.nn.modules.conv import _ConvNd
 
 from ._dispatch import OPS
 from .layers import Call, ConvCall, LinearCall, recompute, registered
@@ -91,7 +92,7 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None, *, fused: bo
         else:
             route, cost = calls[0].costs[entry.owners[0][1]]  # type: ignore[union-attr]
             if fused and entry.owners[0][1] == "weight":
-                gain = _fused_route(calls, entry.parameter)
+                gain = _fused_route(calls, entry.owners[0][0], entry.parameter)
                 if gain is not None:
                     route, cost = "fused", "computed together with the weight's gradient, if it is used once"
                     notes.append(gain)
@@ -99,10 +100,13 @@ def coverage(model: torch.nn.Module, parameters: Parameters = None, *, fused: bo
     return rows
 
 
-def _fused_route(calls: list[type[Call] | None], weight: torch.Tensor) -> str | None:
+def _fused_route(calls: list[type[Call] | None], module: torch.nn.Module, weight: torch.Tensor) -> str | None:
     """How a weight's gradient and norms would be made together; None where they are not."""
     on_cpu = weight.device.type == "cpu"
     if calls == [ConvCall] and on_cpu:
+        same = isinstance(module, _ConvNd) and module.padding == "same" and module.padding_mode == "zeros"
+        if same and any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size)):
+            return None  # padded unevenly
         reason = OPS["conv_weight_sqnorm"].kernels["cpu"].refuses(weight)
         return f"torch's convolution, then the norms, which saves nothing: {reason}" if reason else "in one pass (C++)"
     if calls != [LinearCall]:

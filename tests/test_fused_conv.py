@@ -119,7 +119,18 @@ def test_autocast(dtype):
     assert_grads(model, grads(twin), rtol=3 * torch.finfo(dtype).eps)
 
 
+def test_forward_mode_derivatives_see_the_plain_layer():
+    forward_ad = torch.autograd.forward_ad
+    for layer, x in ((nn.Conv2d(3, 4, 3), torch.randn(4, 3, 6, 6)), (nn.Linear(3, 2), torch.randn(4, 3))):
+        with gf.record(layer, fused=True) as rec:
+            with forward_ad.dual_level():
+                tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+            layer(x).sum().backward()
+        assert tangent.shape == layer(x).shape and rec.fused_parameters == ["weight"]
+
+
 def test_coverage_names_the_kernel():
+    assert gf.coverage(nn.Conv2d(3, 4, 2, padding="same"), fused=True)[0].route == "factored"
     rows = {row.parameter: row for row in gf.coverage(nn.Conv2d(3, 4, 3), fused=True)}
     assert rows["weight"].route == "fused" and rows["bias"].route == "sum"
     assert "in one pass (C++)" in rows["weight"].note or "which saves nothing: " in rows["weight"].note

@@ -158,3 +158,15 @@ def test_backward_raises(backend):
 def test_opcheck(positions, dtype):
     act, grad = factors(3, positions, 5, 4, torch.bfloat16)
     torch.library.opcheck(torch.ops.gradclust_fast.grad_weight_sqnorm.default, (act, grad, True, dtype))
+
+
+@pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_sum_over_positions_beyond_the_range_leaves_a_gradient_within_it(bias):
+    act, grad = torch.randn(4, 40, 30) * 1e-3, torch.randn(4, 40, 20)
+    grad[1] = 3e37
+    weight_grad, sqnorm = by_kernel(act, grad, bias, None)
+    G = linear_grads(act, grad, bias)
+    torch.testing.assert_close(weight_grad.double()[:, :30], G.sum(0)[:, :30], rtol=1e-4, atol=1e32)
+    assert sqnorm[1].isinf() and sqnorm[[0, 2, 3]].isfinite().all()
+    assert not bias or weight_grad[:, 30].isinf().all()

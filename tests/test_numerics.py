@@ -239,10 +239,12 @@ def test_the_rounding_of_long_sums_of_equal_numbers_does_not_add_up(backend, pos
 
 
 @pytest.mark.parametrize("name", ["conv_sqnorm", "conv_weight_sqnorm"])
-@pytest.mark.parametrize("C, O, size, groups", [(256, 256, 12, 1), (2048, 2048, 8, 2048), (1500, 1500, 3, 1)])
+@pytest.mark.parametrize(
+    "C, O, size, groups", [(256, 256, 12, 1), (2048, 2048, 8, 2048), (1500, 1500, 3, 1), (512, 1, 12, 1)]
+)
 def test_the_rounding_of_many_equal_entries_does_not_add_up(name, C, O, size, groups):
     act, grad = torch.full((1, C, size, size), 1.1), torch.full((1, O, size - 2, size - 2), 0.7)
     entry = act[0, 0, 0, 0].double() * grad[0, 0, 0, 0].double() * (size - 2) ** 2
     found = getattr(gf.ops, name)(act, grad, kernel_size=3, groups=groups)
-    sqnorm = found[1] if name == "conv_weight_sqnorm" else found
-    torch.testing.assert_close(sqnorm.double(), (O * C // groups * 9 * entry**2)[None], rtol=2e-5, atol=0)
+    sqnorm, rtol = (found[1], 6e-6) if name == "conv_weight_sqnorm" else (found, 2e-5)
+    torch.testing.assert_close(sqnorm.double(), (O * C // groups * 9 * entry**2)[None], rtol=rtol, atol=0)

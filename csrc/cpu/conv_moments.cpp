@@ -10,7 +10,7 @@ void conv_moments_cpu(const ConvFactors& f, GradientRoute route, void* first, vo
     using in_t = decltype(zero);
     using acc = acc_t<in_t>;
     Units<acc> units;
-    units.plan(f, route, UNIT_ENTRIES);
+    units.plan(f, route, unit_entries(f));
     acc* const out[2] = {static_cast<acc*>(first), static_cast<acc*>(second)};
     sum_units<in_t, 2>(f, units, out, threads, [&](int64_t, acc* squares) { return EntrySquares<acc>{squares}; });
   });

@@ -14,6 +14,7 @@ namespace {
 thread_local Scratch shared_scratch, sums_scratch;
 
 constexpr int64_t UNIT_ENTRIES = 36864;      // 64 → 64 channels, 3 × 3: 144 KB
+constexpr int64_t LEAST_ENTRIES = 4608;
 constexpr int64_t TASKS = 16, LEAST_EXAMPLES = 8;
 constexpr int64_t PACKED_BYTES = 128 << 10, MOST_EXAMPLES = 64;  // packed together
 
@@ -148,6 +149,13 @@ void add_direct(const ConvFactors& f, const DirectPlan& p, const Unit& u, int64_
   }
 }
 
+// How many entries a unit may have: with few examples smaller ones, or there would be fewer tasks than threads.
+inline int64_t unit_entries(const ConvFactors& f) {
+  const int64_t entries = f.O * (f.C / f.groups) * f.kernel[0] * f.kernel[1] * f.kernel[2];
+  const int64_t parts = max_of(1, min_of(TASKS, f.B / LEAST_EXAMPLES));
+  return max_of(LEAST_ENTRIES, min_of(UNIT_ENTRIES, entries * parts / TASKS));
+}
+
 // Numbers from one of a unit's sums to the next.
 template <typename T> int64_t sums_room(const Units<T>& units) { return round_up(units.room(), 16); }
 
@@ -185,9 +193,14 @@ void sum_units(const ConvFactors& f, const Units<acc_t<in_t>>& units, acc_t<in_t
         for (int64_t b = b0; b < b1; ++b) {
           unit_gradient<in_t>(f, units, u, b, G);
           squares.begin(1);
-          auto tile = squares.tile(0, 0);
-          for (int64_t i = 0; i < units.size(u); i += N) add_row(G + i, i, i > 0, sums, tile);
-          tile.finish();
+          constexpr int64_t PIECE = 256 * N;
+          for (int64_t begin = 0; begin < units.size(u); begin += PIECE) {
+            const int64_t end = min_of(begin + PIECE, units.size(u));
+            auto tile = squares.tile(0, begin);
+            for (int64_t i = begin; i < end; i += N) add_row(G + i, i - begin, i > begin, sums + begin, tile);
+            tile.finish();
+            squares.end_panel(1);
+          }
           squares.end(b, 1);
         }
       if (parts == 1) put(u, sums);

@@ -18,7 +18,7 @@ void conv_weight_sqnorm_cpu(const ConvFactors& f, GradientRoute route, void* wei
     using in_t = decltype(zero);
     using acc = acc_t<in_t>;
     Units<acc> units;
-    units.plan(f, route, UNIT_ENTRIES);
+    units.plan(f, route, unit_entries(f));
     acc *const out[1] = {static_cast<acc*>(weight_grad)}, *total = static_cast<acc*>(sqnorm);
     double* norms = norms_scratch.get<double>(units.count * f.B);
     sum_units<in_t, 1>(f, units, out, threads, [&](int64_t unit, acc*) {

@@ -11,12 +11,12 @@
 namespace gradclust::GRADCLUST_ISA {
 namespace {
 
-thread_local Scratch scratch, sums_scratch, norms_scratch, means_scratch, scaled_scratch;
+thread_local Scratch scratch, sums_scratch, norms_scratch, means_scratch, wild_scratch, scaled_scratch;
 
-constexpr int64_t BLOCK_O = 192, STRIP_ROWS = 48;  // a strip of STRIP_ROWS × NR stays in the L1 cache
+constexpr int64_t BLOCK = 192, LEAST_BLOCK = 96;  // rows and columns; few examples: smaller, to occupy all threads
+constexpr int64_t STRIP_ROWS = 48;                 // a strip of STRIP_ROWS × NR stays in the L1 cache
 constexpr int64_t BLOCK_ROWS = 128;                // positions packed together
 constexpr int64_t TASKS = 16, LEAST_EXAMPLES = 4;
-template <typename acc> constexpr int64_t BLOCK_I = 192 / NR<acc> * NR<acc>;
 
 // Rows o0.. and columns i0.. of [O, I (+ 1)], and where what belongs to it lies.
 template <typename acc> struct Block {
@@ -29,6 +29,7 @@ template <typename acc> struct Block {
 template <typename acc> struct Means {
   int64_t I, O;                    // from example to example
   acc *act, *grad_total, *grad;    // ā [B, I], s and d̄ [B, O]
+  bool* wild;                      // [B] whether s left the range although d̄ did not: nothing is centred, ā = d̄ = 0
 };
 
 template <typename in_t> void add_positions(const LinearFactors& f, int64_t b, const Means<acc_t<in_t>>& means) {
@@ -40,12 +41,19 @@ template <typename in_t> void add_positions(const LinearFactors& f, int64_t b, c
   for (int64_t o = f.O; o < means.O; ++o) total[o] = 0;
   exact_sums(act, f.act_stride_t, f.T, f.I, scratch.get<acc>(f.I), mean);
   exact_sums(grad, f.grad_stride_t, f.T, f.O, total, grad_mean);
+  bool wild = false;
+  for (int64_t o = 0; o < f.O; ++o) wild |= total[o] - total[o] != 0 && grad_mean[o] - grad_mean[o] == 0;
+  means.wild[b] = wild;
+  if (!wild) return;
+  for (int64_t i = 0; i < f.I; ++i) mean[i] = 0;
+  for (int64_t o = 0; o < f.O; ++o) grad_mean[o] = 0;
 }
 
 // G_b = D̃ᵀÃ + s āᵀ over one block's rows and columns, from packed centred factors.
 template <typename acc> struct Example {
   Packed<acc> A, D;
   const acc *mean, *total;  // ā and s
+  bool wild;                // s is added where ā is not 0 alone
 };
 
 template <typename in_t>
@@ -62,7 +70,8 @@ Example<acc_t<in_t>> pack_example(const LinearFactors& f, const Block<acc_t<in_t
     pack_columns(memory + j * f.T, width, act + j, f.act_stride_t, f.T, columns, mean + j);
   }
   pack_all_columns(packed_grad, grad, f.grad_stride_t, f.T, block.O, grad_mean);
-  return {{memory, block.I, f.T}, {packed_grad, block.O, f.T}, mean, means.grad_total + b * means.O + block.o0};
+  const acc* total = means.grad_total + b * means.O + block.o0;
+  return {{memory, block.I, f.T}, {packed_grad, block.O, f.T}, mean, total, means.wild[b]};
 }
 
 // Numbers that pack_example takes.
@@ -93,9 +102,14 @@ void add_examples(const LinearFactors& f, const Block<acc_t<in_t>>& block, const
           strip_product(packed[e].D, o, o + rows, packed[e].A, i, strip);
           acc* to = sums + i * O_padded + o * width;
           vec_t<acc> norm = {};
+          if (packed[e].wild)
+            for (int64_t r = 0; r < rows; ++r)
+              for (int64_t j = 0; j < width; ++j)
+                if (packed[e].mean[i + j] != 0) strip[r * width + j] += packed[e].total[o + r] * packed[e].mean[i + j];
           for (int64_t r = 0; r < rows; ++r)
             for (int64_t j = 0; j < width; j += L) {
-              vec_t<acc> G = load_vec(strip + r * width + j) + packed[e].total[o + r] * load_vec(packed[e].mean + i + j);
+              vec_t<acc> G = load_vec(strip + r * width + j);
+              if (!packed[e].wild) G += packed[e].total[o + r] * load_vec(packed[e].mean + i + j);
               store_vec(to + r * width + j, load_vec(to + r * width + j) + G);
               norm += G * G;
             }
@@ -107,20 +121,23 @@ void add_examples(const LinearFactors& f, const Block<acc_t<in_t>>& block, const
 template <typename in_t>
 void grad_weight_sqnorm_kernel(const LinearFactors& f, acc_t<in_t>* weight_grad, acc_t<in_t>* sqnorm, int threads) {
   using acc = acc_t<in_t>;
-  const int64_t wide = f.I + f.bias;
-  const int64_t blocks_o = (f.O + BLOCK_O - 1) / BLOCK_O, blocks_i = (wide + BLOCK_I<acc> - 1) / BLOCK_I<acc>;
-  const int64_t blocks = blocks_o * blocks_i;
-  const int64_t room = round_up(min_of(f.O, BLOCK_O), 16) * round_up(min_of(wide, BLOCK_I<acc>), 16);
-  const int64_t parts = max_of(1, min_of(TASKS / blocks, f.B / LEAST_EXAMPLES)), share = (f.B + parts - 1) / parts;
+  const int64_t wide = f.I + f.bias, most_parts = max_of(1, min_of(TASKS, f.B / LEAST_EXAMPLES));
+  int64_t block_o = BLOCK, block_i = BLOCK / NR<acc> * NR<acc>;
+  auto count = [&] { return ((f.O + block_o - 1) / block_o) * ((wide + block_i - 1) / block_i); };
+  if (count() * most_parts < TASKS) block_o = LEAST_BLOCK;
+  if (count() * most_parts < TASKS) block_i = LEAST_BLOCK / NR<acc> * NR<acc>;
+  const int64_t blocks_i = (wide + block_i - 1) / block_i, blocks = count();
+  const int64_t room = round_up(min_of(f.O, block_o), 16) * round_up(min_of(wide, block_i), 16);
+  const int64_t parts = max_of(1, min_of(TASKS / blocks, most_parts)), share = (f.B + parts - 1) / parts;
   acc* partial = parts > 1 ? sums_scratch.get<acc>(blocks * parts * room) : nullptr;
   double* norms = norms_scratch.get<double>(blocks * f.B);
-  Means<acc> means{round_up(wide, 64), round_up(f.O, 64), nullptr, nullptr, nullptr};
+  Means<acc> means{round_up(wide, 64), round_up(f.O, 64), nullptr, nullptr, nullptr, wild_scratch.get<bool>(f.B)};
   means.act = means_scratch.get<acc>(f.B * (means.I + 2 * means.O));
   means.grad_total = means.act + f.B * means.I, means.grad = means.grad_total + f.B * means.O;
 
   auto block_at = [&](int64_t n) {
-    const int64_t o0 = n / blocks_i * BLOCK_O, i0 = n % blocks_i * BLOCK_I<acc>;
-    return Block<acc>{o0, min_of(BLOCK_O, f.O - o0), i0, min_of(BLOCK_I<acc>, wide - i0)};
+    const int64_t o0 = n / blocks_i * block_o, i0 = n % blocks_i * block_i;
+    return Block<acc>{o0, min_of(block_o, f.O - o0), i0, min_of(block_i, wide - i0)};
   };
   auto put = [&](const Block<acc>& block, const acc* sums) {
     for (int64_t i = 0; i < block.I; i += NR<acc>) {
