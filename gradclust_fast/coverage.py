@@ -104,9 +104,8 @@ def _fused_route(calls: list[type[Call] | None], module: torch.nn.Module, weight
     """How a weight's gradient and norms would be made together; None where they are not."""
     on_cpu = weight.device.type == "cpu"
     if calls == [ConvCall] and on_cpu:
-        same = isinstance(module, _ConvNd) and module.padding == "same" and module.padding_mode == "zeros"
-        if same and any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size)):
-            return None  # padded unevenly
+        if isinstance(module, _ConvNd) and _pads_unevenly(module):
+            return None
         reason = OPS["conv_weight_sqnorm"].kernels["cpu"].refuses(weight)
         return f"torch's convolution, then the norms, which saves nothing: {reason}" if reason else "in one pass (C++)"
     if calls != [LinearCall]:
@@ -118,6 +117,12 @@ def _fused_route(calls: list[type[Call] | None], module: torch.nn.Module, weight
         return f"torch's product, then the norms, which saves nothing: {reason}"
     how = "C++" if on_cpu else "Triton"
     return f"sequences in one pass ({how}), short ones and single vectors by torch's product, then the norms"
+
+
+def _pads_unevenly(module: _ConvNd) -> bool:
+    if module.padding != "same" or module.padding_mode != "zeros":
+        return False
+    return any(d * (k - 1) % 2 for d, k in zip(module.dilation, module.kernel_size))
 
 
 def _couples_batch(module: torch.nn.Module) -> bool:
