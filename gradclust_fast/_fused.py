@@ -8,6 +8,7 @@ the product that autograd makes.
 
 from __future__ import annotations
 
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -60,13 +61,13 @@ class FusedFactors(Factors):
         self.link.put(weight_grad)
         return sqnorm
 
+    @abstractmethod
     def both(self) -> tuple[torch.Tensor, torch.Tensor]:
         """The weight gradient and the norms."""
-        raise NotImplementedError
 
+    @abstractmethod
     def plain(self) -> Factors:
         """The same without the link."""
-        raise NotImplementedError
 
 
 class FusedLinearFactors(FusedFactors, LinearFactors):
