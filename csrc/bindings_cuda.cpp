@@ -63,6 +63,9 @@ void bind_cuda(py::module_& m) {
   m.def("conv_sqnorm_cuda_partials", [](const ConvTuple& f, int route) {
     return conv_sqnorm_cuda_partials(conv(f), ConvCudaRoute(route));
   });
+  m.def("conv_sqnorm_cuda_in_bulk", [](const ConvTuple& f, int route) {
+    return conv_sqnorm_cuda_in_bulk(conv(f), ConvCudaRoute(route));
+  });
   m.def("conv_sqnorm_cuda", [](const ConvTuple& f, int route, uintptr_t partial, uintptr_t out, uintptr_t stream) {
     raise_if(conv_sqnorm_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(out), pointer(stream)));
   }, nogil());
@@ -97,6 +100,9 @@ void bind_cuda(py::module_& m) {
   }, nogil());
   m.def("conv_moments_cuda_slices", [](const ConvTuple& f, int route) {
     return conv_moments_cuda_slices(conv(f), ConvCudaRoute(route));
+  });
+  m.def("conv_moments_cuda_in_bulk", [](const ConvTuple& f, int route) {
+    return conv_moments_cuda_in_bulk(conv(f), ConvCudaRoute(route));
   });
   m.def("conv_moments_cuda", [](const ConvTuple& f, int route, uintptr_t partial, uintptr_t first, uintptr_t second,
                                 uintptr_t stream) {

@@ -16,4 +16,7 @@ const char* conv_moments_cuda(const ConvFactors& f, ConvCudaRoute route, void* p
                               void* stream);
 int64_t conv_moments_cuda_slices(const ConvFactors& f, ConvCudaRoute route);
 
+// Whether the current device would fetch the tiles by bulk tensor copies.
+bool conv_moments_cuda_in_bulk(const ConvFactors& f, ConvCudaRoute route);
+
 }  // namespace gradclust

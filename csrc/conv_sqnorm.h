@@ -14,6 +14,9 @@ GRADCLUST_CPU_LAUNCHER(conv_sqnorm_cpu, const ConvFactors& f, ConvRoute route, v
 // Numbers of the accumulator's type that the workspace `partial` holds for each example; 0 where it is not needed.
 int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route);
 
+// Whether the current device would fetch the tiles by bulk tensor copies.
+bool conv_sqnorm_cuda_in_bulk(const ConvFactors& f, ConvCudaRoute route);
+
 // out [B] without the bias. At least one example, position and channel on either side. Returns an error text, or nullptr.
 const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* partial, void* out, void* stream);
 

@@ -35,7 +35,8 @@ struct ConvFactors {
 enum class GradientRoute : int { direct = 0, correlate = 1 };
 
 // How a CUDA kernel gets at a convolution's gradients. The codes of gradclust_fast/ops/_conv_cuda.py:ROUTES.
-enum class ConvCudaRoute : int { tiles = 0, tiles_tf32 = 1, correlate = 2 };
+// tiles_cp_async: tiles without bulk tensor copies, where those would be used, to compare the two.
+enum class ConvCudaRoute : int { tiles = 0, tiles_tf32 = 1, correlate = 2, tiles_cp_async = 3 };
 
 inline bool on_tensor_cores(const ConvFactors& f, ConvCudaRoute route) {
   return f.dtype == DType::bf16 || f.dtype == DType::f16 || (f.dtype == DType::f32 && route == ConvCudaRoute::tiles_tf32);

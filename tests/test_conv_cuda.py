@@ -67,6 +67,94 @@ def test_several_tiles_chunks_and_stages(emulator, each, dtype):
         assert torch.equal(by_route(route, act, grad, each.geometry), first), "the order of threads shows"
 
 
+BULK = [  # 16-bit factors whose tiles bulk tensor copies fetch
+    case(1, 64, 64, (8, 9), "lines-of-128-bytes", kernel_size=3, padding=1),
+    case(3, 32, 16, (9, 10), "lines-of-64-and-32-bytes", kernel_size=5, padding=2),
+    case(2, 16, 24, (12, 11), "a-line-of-32-bytes-strided", kernel_size=3, stride=2, padding=1),
+    case(2, 8, 40, (13, 20), "a-line-of-16-bytes-rows-and-positions-left-over", kernel_size=3, padding=(2, 1)),
+    case(1, 368, 96, (6, 7), "1x1-several-panels-and-tiles", kernel_size=1),
+    case(2, 64, 32, (10, 12), "1x1-every-second-pixel", kernel_size=1, stride=2),
+    case(1, 24, 32, (15, 18), "dilated-lines-with-a-gap", kernel_size=3, dilation=2, padding=3),
+    case(1, 32, 48, (300,), "a-row-in-pieces", kernel_size=3, padding=1),
+    case(2, 128, 128, (7, 5), "groups", kernel_size=3, padding=1, groups=2),
+    case(2, 48, 80, (5, 9), "groups-smaller-than-a-tile", kernel_size=3, padding=1, groups=2),
+    case(1, 16, 32, (3, 16, 30), "3d", kernel_size=3, stride=(1, 2, 1), padding=1),
+    case(1, 16, 16, (30, 50), "many-chunks", kernel_size=3, padding=1),
+]
+NOT_BULK = [
+    case(2, 3, 64, (9, 9), "few-channels", kernel_size=3),
+    case(2, 20, 32, (9, 9), "rows-of-40-bytes", kernel_size=3),
+    case(2, 40, 32, (9, 9), "most-of-a-line-unused", kernel_size=1),
+    case(1, 16, 16, (3, 5, 40), "chunks-over-two-depths", kernel_size=3, padding=1),
+    case(1, 16, 16, (40, 30), "more-than-every-eighth-pixel", kernel_size=1, stride=(9, 1)),
+]
+
+
+def channels_last(*factors):
+    return [factor.movedim(1, -1).contiguous().movedim(-1, 1) for factor in factors]
+
+
+def in_bulk(what, act, grad, geometry):
+    text = gf.explain(f"conv_{what}", act, grad, **geometry).route
+    assert text.endswith(("fetched by bulk tensor copies", "fetched by cp.async"))
+    return text.endswith("bulk tensor copies")
+
+
+@pytest.mark.parametrize(
+    "each, dtype",
+    [
+        pytest.param(*each.values, dtype, id=f"{each.id}-{dtype}")
+        for dtype, cases in ((torch.bfloat16, BULK), (torch.float16, BULK[:2]))
+        for each in cases
+    ],
+)
+def test_bulk_copies_and_cp_async_give_the_same_bits(emulator, each, dtype):
+    act, grad = channels_last(*each.factors(dtype))
+    assert in_bulk("sqnorm", act, grad, each.geometry)
+    first = check("tiles", act, grad, each.geometry, dtype)
+    assert torch.equal(by_route("tiles_cp_async", act, grad, each.geometry), first)
+    for order in (1, 2):
+        emulator.set_order(order)
+        assert torch.equal(by_route("tiles", act, grad, each.geometry), first), "the order of threads shows"
+
+
+SEVERAL_EXAMPLES_A_BLOCK = case(5, 512, 512, (3, 3), "groups", kernel_size=3, padding=1, groups=64)
+
+
+@pytest.mark.parametrize("order", [0, 1, 2])
+@pytest.mark.parametrize("each", [*BULK[:3], SEVERAL_EXAMPLES_A_BLOCK])
+def test_bulk_copies_for_moments(emulator, each, order):
+    act, grad = channels_last(*each.factors(torch.bfloat16))
+    assert in_bulk("moments", act, grad, each.geometry)
+    expected = both_moments("tiles_cp_async", act, grad, each.geometry, True)
+    emulator.set_order(order)
+    assert torch.equal(both_moments("tiles", act, grad, each.geometry, True), expected)
+
+
+def test_what_the_device_and_the_layout_cannot_is_fetched_by_cp_async(emulator):
+    act, grad = channels_last(*BULK[0].values[0].factors(torch.bfloat16))
+    geometry = BULK[0].values[0].geometry
+    first = by_route("tiles", act, grad, geometry)
+    assert in_bulk("sqnorm", act, grad, geometry)
+    assert in_bulk("sqnorm", *BULK[0].values[0].factors(torch.bfloat16), geometry), "copied to channels-last first"
+    for capability, encodes in ((8, True), (9, False)):
+        emulator.set_device(capability, encodes)
+        assert not in_bulk("sqnorm", act, grad, geometry) and not in_bulk("moments", act, grad, geometry)
+        assert torch.equal(by_route("tiles", act, grad, geometry), first)
+    emulator.set_device(9, True)
+    expanded = grad[:, :, :1, :1].expand_as(grad)
+    for a, g in ((act, expanded), (act.float(), grad.float()), (act.double(), grad.double())):
+        assert not in_bulk("sqnorm", a, g, geometry)
+        check("tiles", a, g, geometry, a.dtype)
+
+
+@pytest.mark.parametrize("each", NOT_BULK)
+def test_shapes_that_bulk_copies_do_not_fit(emulator, each):
+    act, grad = channels_last(*each.factors(torch.bfloat16))
+    assert not in_bulk("sqnorm", act, grad, each.geometry)
+    check("tiles", act, grad, each.geometry, torch.bfloat16)
+
+
 OTHER_ROUTES = [
     pytest.param(route, *each.values, id=f"{route}-{each.id}")
     for route, cases in (("tiles_tf32", [*NOT_EMPTY, *LARGE[:8]]), ("correlate", NOT_EMPTY))

@@ -135,3 +135,97 @@ def test_norm_grads_in_every_order_of_threads(emulator, dtype, shape, groups, or
         eager = gf.ops.norm_grads(input, grad, groups=groups)
     for found, exact, rough in zip(gf.ops.norm_grads(input, grad, groups=groups), oracle, eager):
         assert_close_to_oracle(found, exact, rough, dtype)
+
+
+EXTENT, STEP = (24, 3, 7, 5, 2), (1, 1, 2, 1, 1)
+"""Of a tensor in memory order [2, 5, 7, 3, 24], innermost dimension first; every second element of the third."""
+CORNERS = [(0, 0, -3, 0, 0), (16, 1, 1, 3, 1)]
+"""Boxes that begin before the tensor's third dimension, and that end after the others."""
+BULK_FAULTS = [
+    "right", "unwaited", "same_parity", "other_parity", "too_few_bytes", "too_many_bytes", "unfenced", "unopened",
+    "opened_twice", "written_over", "misaligned", "past_the_end", "overlapping", "unread", "closed_early",
+    "arrives_twice",
+]  # fmt: skip
+
+
+def boxes(emulator, order: int, fault: str = "right", line: int = 64, **changed) -> tuple[bool, torch.Tensor, list]:
+    """Whether there is a tensor map, two of its boxes, as they lie in shared memory, and the same by indexing."""
+    emulator.set_order(order)
+    tensor = torch.randint(1, 2**15, EXTENT[::-1], dtype=torch.int16)
+    arguments = {"stride": tensor.stride()[::-1], "count": (line // 2, 2, 5, 3, 1), "step": STEP} | changed
+    out = torch.full((2, 1, 3, 5, 2, line // 2), -1, dtype=torch.int16)  # NaN
+    made = emulator.boxes(
+        tensor.data_ptr(), EXTENT, arguments["stride"], arguments["count"], arguments["step"], line, CORNERS,
+        out.data_ptr(), BULK_FAULTS.index(fault),
+    )  # fmt: skip
+    return made, out, [box_by_indexing(tensor, corner, out.shape[1:]) for corner in CORNERS]
+
+
+def box_by_indexing(tensor, corner, shape) -> torch.Tensor:
+    at = [first + step * torch.arange(n) for first, step, n in zip(corner, STEP, shape[::-1])][::-1]
+    values = tensor[torch.meshgrid(*(x.clamp(0, n - 1) for x, n in zip(at, tensor.shape)), indexing="ij")]
+    inside = torch.meshgrid(*((x >= 0) & (x < n) for x, n in zip(at, tensor.shape)), indexing="ij")
+    return values * torch.stack(inside).all(0)
+
+
+def unswizzled(box: torch.Tensor, line: int) -> torch.Tensor:
+    """The box with each unit of 16 bytes back at its place, which changed with the number of its 128 bytes."""
+    units = box.reshape(-1, 8)
+    number = torch.arange(len(units))
+    return units[number ^ (number // 8 % (line // 16))].view(box.shape)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("line", [16, 32, 64, 128])
+def test_bulk_copies_bring_boxes_swizzled_with_zeros_outside(emulator, line, order):
+    made, out, expected = boxes(emulator, order, line=line)
+    assert made
+    for found, box in zip(out, expected):
+        assert torch.equal(unswizzled(found, line), box) and (box == 0).any() and (box != 0).any()
+
+
+@pytest.mark.parametrize("fault", ["unwaited", "same_parity", "other_parity", "unread"])
+def test_a_bulk_copy_that_is_not_waited_for_is_an_error_or_reads_as_nan(emulator, fault):
+    for order in ORDERS:
+        try:
+            made, out, _ = boxes(emulator, order, fault)
+        except RuntimeError as error:
+            assert "boxes_kernel (test): " in str(error)
+        else:
+            assert made and (out == -1).any()
+
+
+@pytest.mark.parametrize(
+    "fault, message",
+    [
+        ("too_few_bytes", "more bytes than their barrier expects|others never reach"),
+        ("too_many_bytes", "a phase that others never reach"),
+        ("unfenced", "no fence towards it"),
+        ("unopened", "a barrier that is not open"),
+        ("opened_twice", "opened twice"),
+        ("written_over", "was written over"),
+        ("misaligned", "not 128-byte aligned"),
+        ("past_the_end", "past the end of shared memory"),
+        ("overlapping", "two bulk copies under way to one place"),
+        ("closed_early", "closed in the midst of a phase"),
+        ("arrives_twice", "second arrival"),
+    ],
+)
+def test_wrong_use_of_bulk_copies_is_an_error_with_the_kernels_name(emulator, fault, message):
+    for order in ORDERS:
+        with pytest.raises(RuntimeError, match=rf"boxes_kernel \(test\): .*({message})"):
+            boxes(emulator, order, fault)
+        assert boxes(emulator, order)[0], "a failed launch must not spoil the next"
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"stride": (1, 20, 72, 504, 2520)},  # 40 bytes
+        {"stride": (1, 24, 0, 504, 2520)},  # an expanded dimension
+        {"count": (32, 1, 200, 1, 1)},  # 400 numbers wide, by its step
+        {"step": (1, 9, 1, 1, 1)},
+    ],
+)
+def test_tensor_maps_that_the_driver_would_refuse_are_not_made(emulator, changed):
+    assert not boxes(emulator, 0, **changed)[0]

@@ -87,6 +87,19 @@ def test_tiles_use_asynchronous_copies_matrix_loads_and_tensor_cores():
         assert ("LDSM" in text) == ("kernelIf" not in text.split("\n", 1)[0]), "float32 has no transposing matrix load"
 
 
+def test_tiles_of_16_bit_factors_use_bulk_copies_from_sm_90_on():
+    found = set()
+    for module in re.split(r"\narch = sm_", dump("--dump-sass"))[1:]:
+        architecture = int(re.match(r"\d+", module)[0])
+        for text in re.split(r"\n\s*Function : ", module)[1:]:
+            name = text.split("\n", 1)[0]
+            if re.search("conv_.*_tensor_kernel", name):
+                bulk = architecture >= 90 and "kernelIf" not in name
+                found.add(bulk)
+                assert all((word in text) == bulk for word in ("UTMALDG", "SYNCS.PHASECHK")), (architecture, name)
+    assert True in found
+
+
 def test_sweeps_of_exact_moves_take_float64_tensor_cores():
     functions = re.split(r"\n\s*Function : ", dump("--dump-sass"))
     sweeps = [text for text in functions[1:] if "exact_moves_sweep_kernel" in text.split("\n", 1)[0]]

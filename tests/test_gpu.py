@@ -5,6 +5,7 @@ Skipped without a CUDA device. ``GRADCLUST_TEST_DEVICE=cpu`` runs the same tests
 
 from __future__ import annotations
 
+import importlib
 import inspect
 import os
 
@@ -369,6 +370,40 @@ def bound(name, args, kwargs):
     signature = inspect.signature(getattr(gf.ops, name)).bind(*args, **kwargs)
     signature.apply_defaults()
     return {key: value for key, value in signature.arguments.items() if key not in ("act", "grad")}
+
+
+@on_device
+@pytest.mark.parametrize("size, geometry", [((30, 40), {"kernel_size": 3, "padding": 1}),
+                                            ((31, 41), {"kernel_size": 3, "padding": 1, "stride": 2}),
+                                            ((14, 14), {"kernel_size": 1, "stride": 2}),
+                                            ((28, 28), {"kernel_size": 5, "padding": 2, "dilation": 2, "groups": 2}),
+                                            ((6, 8, 32), {"kernel_size": 3, "padding": 1})])  # fmt: skip
+@pytest.mark.parametrize("what", ["sqnorm", "moments"])
+def test_convolutions_fetched_by_bulk_copies_and_by_cp_async_give_the_same_bits(what, size, geometry):
+    act = torch.randn(3, *size, 64, device=DEVICE, dtype=torch.bfloat16).movedim(-1, 1)
+    layer = [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d][len(size) - 1](64, 128, **geometry)
+    grad = torch.randn_like(layer.to(DEVICE, torch.bfloat16)(act)).movedim(1, -1).contiguous().movedim(-1, 1)
+    name, module = f"conv_{what}", importlib.import_module(f"gradclust_fast.ops.conv_{what}")
+    if "cuda" not in runnable(name, (act, grad), geometry):
+        pytest.skip("no CUDA kernels")
+    args = OPS[name].prepare(act, grad, **bound(name, (act, grad), geometry))
+    with gf.backend("cuda"):
+        route = gf.explain(name, act, grad, **geometry).route
+        assert ("bulk" in route) == (torch.cuda.get_device_capability() >= (9, 0)), route
+        expected = outputs(module.by_cuda_route("tiles_cp_async", *args))
+        exact = [each.cpu() for each in expected]
+        check(name, (act.cpu(), grad.cpu()), geometry, torch.bfloat16)
+        for _ in range(20):
+            found = outputs(module.by_cuda_route("tiles", *args))
+            assert all(map(torch.equal, found, expected))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):  # the tensor maps are part of the captured launch
+            captured = outputs(module.by_cuda_route("tiles", *args))
+    for each in captured:
+        each.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(torch.equal(each.cpu(), other) for each, other in zip(captured, exact))
 
 
 @on_device

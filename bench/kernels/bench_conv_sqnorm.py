@@ -1,14 +1,19 @@
-"""conv_sqnorm against unfold + einsum and against the layer's own forward and backward."""
+"""conv_sqnorm against unfold + einsum and against the layer's own forward and backward.
+
+On a GPU also against itself without bulk tensor copies, where its tiles could be fetched by them (sm_90 and later).
+"""
 
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import torch
 
 import gradclust_fast as gf
 from bench.harness import Case, on_gpu
+from gradclust_fast.ops._conv import prepare
 from gradclust_fast.ops._conv_routes import layer_of
 
 from ._conv import Layer
@@ -37,6 +42,13 @@ GPU_LAYERS = (
 )
 
 
+def by_cp_async(layer: Layer, module: Any) -> dict[str, Callable[[], Any]]:
+    if not on_gpu() or layer.groups > 1 or layer.dtype.itemsize != 2:
+        return {}
+    args = prepare(layer.act, layer.grad, **layer.geometry)
+    return {"ours by cp.async": lambda: module.by_cuda_route("tiles_cp_async", *args)}
+
+
 def cases() -> Iterator[Case]:
     module = importlib.import_module("gradclust_fast.ops.conv_sqnorm")
     for sizes in GPU_LAYERS if on_gpu() else LAYERS:
@@ -50,7 +62,7 @@ def cases() -> Iterator[Case]:
             "conv_sqnorm",
             layer.label,
             lambda layer=layer: gf.ops.conv_sqnorm(layer.act, layer.grad, **layer.geometry),
-            layer.baselines(lambda G: G.square().sum((1, 2))),
+            layer.baselines(lambda G: G.square().sum((1, 2))) | by_cp_async(layer, module),
             flops=gram if route == "gram" and not on_gpu() else layer.direct_flops,
             bytes=layer.bytes(layer.B),
             dtype=layer.dtype,

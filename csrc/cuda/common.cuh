@@ -9,11 +9,11 @@
 
 #include "types.h"
 
-// The only shared memory that kernels use: its size is an argument of the launch.
+// The only shared memory that kernels use: its size is an argument of the launch. Aligned as swizzled copies need it.
 #if defined(GRADCLUST_ON_HOST)
 #define GRADCLUST_SHARED(name) unsigned char* name = emulator::shared_memory()
 #else
-#define GRADCLUST_SHARED(name) extern __shared__ __align__(16) unsigned char name[]
+#define GRADCLUST_SHARED(name) extern __shared__ __align__(1024) unsigned char name[]
 #endif
 
 namespace gradclust {

@@ -154,8 +154,8 @@ __global__ void __launch_bounds__(256)
   (which ? second : first)[at / sums.I * pitch + at % sums.I] = total;
 }
 
-template <typename in_t> ConvTiles plan_of(const ConvFactors& f, ConvCudaRoute route) {
-  return plan_tiles(f, on_tensor_cores(f, route), sizeof(in_t), ROWS);
+template <typename in_t> ConvTiles plan_of(const ConvFactors& f, ConvCudaRoute route, bool bulk = true) {
+  return plan_tiles(f, on_tensor_cores(f, route), sizeof(in_t), ROWS, bulk && route != ConvCudaRoute::tiles_cp_async);
 }
 
 int slices_for(int64_t B, int64_t tiles) {
@@ -167,9 +167,17 @@ int slices_for(int64_t B, int64_t tiles) {
 int64_t conv_moments_cuda_slices(const ConvFactors& f, ConvCudaRoute route) {
   int64_t tiles = 0;
   dispatch(f.dtype, [&](auto zero) {
-    tiles = route == ConvCudaRoute::correlate ? plan_correlate(f).tiles : plan_of<decltype(zero)>(f, route).tiles;
+    tiles = route == ConvCudaRoute::correlate ? plan_correlate(f).tiles : plan_of<decltype(zero)>(f, route, false).tiles;
   });
   return slices_for(f.B, tiles);
+}
+
+bool conv_moments_cuda_in_bulk(const ConvFactors& f, ConvCudaRoute route) {
+  bool bulk = false;
+  dispatch(f.dtype, [&](auto zero) {
+    bulk = route != ConvCudaRoute::correlate && plan_of<decltype(zero)>(f, route).bulk;
+  });
+  return bulk;
 }
 
 const char* conv_moments_cuda(const ConvFactors& f, ConvCudaRoute route, void* partial, void* first, void* second,

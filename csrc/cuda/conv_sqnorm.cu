@@ -96,13 +96,15 @@ const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Pla
 // Output channels that tensor-core tiles fetch and multiply.
 int tensor_rows(const ConvFactors& f) { return f.O / f.groups <= 32 ? 32 : 64; }
 
-template <typename in_t> ConvTiles plan_of(const ConvFactors& f, bool tensor) {
-  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : 8 * SCALAR_ROWS);
+template <typename in_t> ConvTiles plan_of(const ConvFactors& f, ConvCudaRoute route, bool bulk = true) {
+  bool tensor = on_tensor_cores(f, route);
+  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : 8 * SCALAR_ROWS,
+                    bulk && route != ConvCudaRoute::tiles_cp_async);
 }
 
 template <typename in_t>
-const char* run_tensor(const ConvFactors& f, const char* sizes, void* partial, void* out, void* stream) {
-  ConvTiles plan = plan_of<in_t>(f, true);
+const char* run_tensor(const ConvFactors& f, const ConvTiles& plan, const char* sizes, void* partial, void* out,
+                       void* stream) {
   auto kernel = tensor_rows(f) == 32 ? conv_sqnorm_tensor_kernel<in_t, 2> : conv_sqnorm_tensor_kernel<in_t, 4>;
   return launch_tiles<ConvTiles, float>("conv_sqnorm_tensor_kernel", sizes, kernel, plan, TILE_THREADS,
                                         plan.stages * plan.stage_bytes, static_cast<float*>(partial),
@@ -110,8 +112,7 @@ const char* run_tensor(const ConvFactors& f, const char* sizes, void* partial, v
 }
 
 template <typename in_t>
-const char* run_scalar(const ConvFactors& f, const char* sizes, void* partial, void* out, void* stream) {
-  ConvTiles plan = plan_of<in_t>(f, false);
+const char* run_scalar(const ConvTiles& plan, const char* sizes, void* partial, void* out, void* stream) {
   return launch_tiles<ConvTiles, in_t>("conv_sqnorm_scalar_kernel", sizes, conv_sqnorm_scalar_kernel<in_t>, plan,
                                        TILE_THREADS, plan.stages * plan.stage_bytes, static_cast<in_t*>(partial),
                                        static_cast<in_t*>(out), stream);
@@ -123,9 +124,17 @@ int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
   int64_t tiles = 0;
   dispatch(f.dtype, [&](auto zero) {
     tiles = route == ConvCudaRoute::correlate ? plan_correlate(f).tiles
-                                              : plan_of<decltype(zero)>(f, on_tensor_cores(f, route)).tiles;
+                                              : plan_of<decltype(zero)>(f, route, false).tiles;
   });
   return tiles > 1 ? tiles : 0;
+}
+
+bool conv_sqnorm_cuda_in_bulk(const ConvFactors& f, ConvCudaRoute route) {
+  bool bulk = false;
+  dispatch(f.dtype, [&](auto zero) {
+    bulk = route != ConvCudaRoute::correlate && plan_of<decltype(zero)>(f, route).bulk;
+  });
+  return bulk;
 }
 
 const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* partial, void* out, void* stream) {
@@ -142,11 +151,12 @@ const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* pa
                                                 static_cast<acc*>(partial), static_cast<acc*>(out), stream);
       return;
     }
+    ConvTiles plan = plan_of<in_t>(f, route);
     if constexpr (sizeof(in_t) <= 4) {
-      if (on_tensor_cores(f, route)) error = run_tensor<in_t>(f, sizes, partial, out, stream);
+      if (on_tensor_cores(f, route)) error = run_tensor<in_t>(f, plan, sizes, partial, out, stream);
     }
     if constexpr (sizeof(in_t) >= 4) {
-      if (!on_tensor_cores(f, route)) error = run_scalar<in_t>(f, sizes, partial, out, stream);
+      if (!on_tensor_cores(f, route)) error = run_scalar<in_t>(plan, sizes, partial, out, stream);
     }
   });
   return error;

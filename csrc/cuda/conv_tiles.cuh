@@ -5,146 +5,14 @@
 // image row that one row of kernel elements meets [pixels, channels] lie in shared memory, and kernel elements of the
 // same row share the segment. A pixel's channels are contiguous there, so a position's patch is just an address, and
 // stride, dilation and padding cost nothing in the product. Two chunks take turns: one is fetched during the other's
-// product.
+// product (conv_fetch.cuh).
 #pragma once
 #include <algorithm>
-#include <cstring>
 
-#include "common.cuh"
-#include "ptx.h"
+#include "conv_fetch.cuh"
+#include "tensor_map.cuh"
 
 namespace gradclust {
-
-constexpr int TILE_THREADS = 128, TILE_WARPS = TILE_THREADS / 32;
-
-struct ConvTiles {
-  ConvFactors f;
-  int C, O;                              // channels of one group
-  int octets, channels, taps;            // of a tile: octets a kernel element, channels (8 · octets), elements of a kernel row
-  int tile_rows;                         // output channels of a tile
-  int channel_tiles, row_tiles, tap_tiles, tiles;  // tiles: of one example
-  int rows, width, pieces, chunks;       // output rows of a chunk, positions taken of each, pieces a row, chunks in all
-  int pixels, pixel_step;                // of a segment; image columns from one pixel to the next
-  int position_step, tap_step;           // pixels from one position, or kernel element, to the next
-  int capacity, pitch_x, pitch_d;        // positions in shared memory; elements from one pixel, or position, to the next
-  int stages;
-  int64_t stage_bytes;
-  bool wide_x, wide_d;                   // 16-byte copies: channels are contiguous and aligned
-  Divisor by_width, by_out_y, by_pixels, by_capacity, by_segments, by_x_vectors, by_d_vectors;
-};
-
-// What a block knows about its tile.
-struct TileOrigin {
-  int64_t b;
-  int group, o0, c0, kz, ky, kx0;
-  int O, C, taps, octets, columns;  // how much of the tile is there; columns counts octets
-};
-
-__device__ inline TileOrigin tile_origin(const ConvTiles& p, int64_t b, int tile) {
-  TileOrigin t;
-  t.b = b;
-  int rest = tile;
-  t.kx0 = rest % p.tap_tiles * p.taps, rest /= p.tap_tiles;
-  t.ky = rest % int(p.f.kernel[1]), rest /= int(p.f.kernel[1]);
-  t.kz = rest % int(p.f.kernel[0]), rest /= int(p.f.kernel[0]);
-  t.c0 = rest % p.channel_tiles * p.channels, rest /= p.channel_tiles;
-  t.o0 = rest % p.row_tiles * p.tile_rows;
-  t.group = rest / p.row_tiles;
-  t.O = min(p.tile_rows, p.O - t.o0);
-  t.C = min(p.channels, p.C - t.c0);
-  t.taps = min(p.taps, int(p.f.kernel[2]) - t.kx0);
-  t.octets = (t.C + 7) / 8;
-  t.columns = t.taps * t.octets;
-  return t;
-}
-
-// A chunk: output rows q0 … of the example, from column x0 on.
-struct Chunk { int q0, x0, rows, width; };
-
-__device__ inline Chunk chunk_at(const ConvTiles& p, int index) {
-  Chunk c;
-  c.q0 = p.pieces > 1 ? index / p.pieces : index * p.rows;
-  c.x0 = p.pieces > 1 ? index % p.pieces * p.width : 0;
-  c.rows = min(p.rows, int(p.f.out[0] * p.f.out[1]) - c.q0);
-  c.width = min(p.width, int(p.f.out[2]) - c.x0);
-  return c;
-}
-
-template <typename in_t> __device__ in_t zero_of() {
-  if constexpr (sizeof(in_t) == 2) {
-    uint16_t bits = 0;
-    in_t x;
-    memcpy(&x, &bits, 2);
-    return x;
-  } else {
-    return in_t(0);
-  }
-}
-
-// The address of channel `channel` of grad at position k of the chunk, or nullptr past the chunk's end.
-template <typename in_t>
-__device__ const in_t* grad_at(const ConvTiles& p, const TileOrigin& t, const Chunk& c, int k) {
-  int r = p.by_width.quotient(k), x = k - r * p.width;
-  if (r >= c.rows || x >= c.width) return nullptr;
-  int q = c.q0 + r, z = p.by_out_y.quotient(q), y = q - z * int(p.f.out[1]);
-  return static_cast<const in_t*>(p.f.grad) + t.b * p.f.grad_stride[0] +
-         (int64_t(t.group) * p.O + t.o0) * p.f.grad_stride[1] + z * p.f.grad_stride[2] + y * p.f.grad_stride[3] +
-         (c.x0 + x) * p.f.grad_stride[4];
-}
-
-// The address of the image at pixel i of the chunk's segments, or nullptr outside of the image.
-template <typename in_t>
-__device__ const in_t* act_at(const ConvTiles& p, const TileOrigin& t, const Chunk& c, int i) {
-  int r = p.by_pixels.quotient(i), u = i - r * p.pixels;
-  if (r >= c.rows) return nullptr;
-  int q = c.q0 + r, z = p.by_out_y.quotient(q), y = q - z * int(p.f.out[1]);
-  int64_t iz = z * p.f.stride[0] + t.kz * p.f.dilation[0] - p.f.pad[0];
-  int64_t iy = y * p.f.stride[1] + t.ky * p.f.dilation[1] - p.f.pad[1];
-  int64_t ix = c.x0 * p.f.stride[2] + t.kx0 * p.f.dilation[2] - p.f.pad[2] + int64_t(u) * p.pixel_step;
-  if (iz < 0 || iz >= p.f.size[0] || iy < 0 || iy >= p.f.size[1] || ix < 0 || ix >= p.f.size[2]) return nullptr;
-  return static_cast<const in_t*>(p.f.act) + t.b * p.f.act_stride[0] +
-         (int64_t(t.group) * p.C + t.c0) * p.f.act_stride[1] + iz * p.f.act_stride[2] + iy * p.f.act_stride[3] +
-         ix * p.f.act_stride[4];
-}
-
-// Fetches one chunk; output channels past t.O are zeros.
-template <typename in_t>
-__device__ void fetch_chunk(const ConvTiles& p, const TileOrigin& t, const Chunk& c, in_t* stage) {
-  constexpr int WIDTH = 16 / sizeof(in_t);
-  in_t *d = stage, *x = stage + p.capacity * p.pitch_d;
-  int segments = p.rows * p.pixels;
-  if (p.wide_d) {
-    int vectors = p.tile_rows / WIDTH;
-    for (int i = threadIdx.x; i < p.capacity * vectors; i += TILE_THREADS) {
-      int k = p.by_d_vectors.quotient(i), v = i - k * vectors;
-      const in_t* from = grad_at<in_t>(p, t, c, k);
-      int there = from ? max(0, min(WIDTH, t.O - v * WIDTH)) : 0;
-      copy_16(d + k * p.pitch_d + v * WIDTH, there ? from + v * WIDTH : p.f.grad, there * int(sizeof(in_t)));
-    }
-  } else {
-    for (int i = threadIdx.x; i < p.capacity * p.tile_rows; i += TILE_THREADS) {
-      int o = p.by_capacity.quotient(i), k = i - o * p.capacity;
-      const in_t* from = o < t.O ? grad_at<in_t>(p, t, c, k) : nullptr;
-      d[k * p.pitch_d + o] = from ? from[o * p.f.grad_stride[1]] : zero_of<in_t>();
-    }
-  }
-  if (p.wide_x) {
-    int vectors = p.channels / WIDTH;
-    for (int i = threadIdx.x; i < segments * vectors; i += TILE_THREADS) {
-      int u = p.by_x_vectors.quotient(i), v = i - u * vectors;
-      const in_t* from = act_at<in_t>(p, t, c, u);
-      int there = from ? max(0, min(WIDTH, t.C - v * WIDTH)) : 0;
-      copy_16(x + u * p.pitch_x + v * WIDTH, there ? from + v * WIDTH : p.f.act, there * int(sizeof(in_t)));
-    }
-  } else {
-    for (int i = threadIdx.x; i < segments * p.channels; i += TILE_THREADS) {
-      int channel = p.by_segments.quotient(i), u = i - channel * segments;
-      const in_t* from = channel < t.C ? act_at<in_t>(p, t, c, u) : nullptr;
-      x[u * p.pitch_x + channel] = from ? from[channel * p.f.act_stride[1]] : zero_of<in_t>();
-    }
-  }
-  commit_copies();
-}
 
 // Columns as a warp holds them: pairs of octets warp, warp + 4, … of the tile.
 constexpr int PAIRS = 3;
@@ -158,28 +26,31 @@ __device__ inline int pixel_of(const ConvTiles& p, int k, int positions) {
   return r * p.pixels + (k - r * p.width) * p.position_step;
 }
 
-__device__ inline int column_offset(const ConvTiles& p, const TileOrigin& t, int octet) {
+// Bytes from pixel 0 of the segments to the first of an octet's channels, before swizzling.
+template <typename in_t> __device__ int column_offset(const ConvTiles& p, const TileOrigin& t, int octet) {
   int tap = octet / t.octets;
-  return tap * p.tap_step * p.pitch_x + (octet - tap * t.octets) * 8;
+  return p.x.start_of(tap * p.tap_step, (octet - tap * t.octets) * int(sizeof(in_t)) / 2);
 }
 
 // sums += gradᵀ · patches over one chunk; 16 · BLOCKS output channels. 16-bit factors.
 template <typename in_t, int BLOCKS>
-__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const in_t* stage, int pairs, const int (&offset)[PAIRS],
-                               TensorSums<BLOCKS>& sums) {
-  const in_t *d = stage, *x = stage + p.capacity * p.pitch_d;
+__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const unsigned char* stage, int pairs,
+                                               const int (&offset)[PAIRS], TensorSums<BLOCKS>& sums) {
+  const unsigned char* x = stage + p.x_bytes;
   int lane = threadIdx.x % 32, positions = c.rows * c.width;
+  int row[BLOCKS];  // at position 0; 16 positions later everything repeats, the swizzle too
+#pragma unroll
+  for (int m = 0; m < BLOCKS; ++m) row[m] = p.d.at(lane / 16 * 8 + lane % 8, 2 * m + lane / 8 % 2);
   for (int k0 = 0; k0 < positions; k0 += 16) {
-    const in_t* pixel = x + pixel_of(p, k0 + lane % 16, positions) * p.pitch_x;
-    const in_t* row = d + (k0 + lane / 16 * 8 + lane % 8) * p.pitch_d + lane / 8 % 2 * 8;
+    int pixel = pixel_of(p, k0 + lane % 16, positions) * p.x.bytes;
     unsigned a[BLOCKS][4];
 #pragma unroll
-    for (int m = 0; m < BLOCKS; ++m) load_transposed(a[m], row + 16 * m);
+    for (int m = 0; m < BLOCKS; ++m) load_transposed(a[m], stage + k0 * p.d.bytes + row[m]);
 #pragma unroll
     for (int s = 0; s < PAIRS; ++s) {
       if (s >= pairs) break;
       unsigned b[4];
-      load_transposed(b, pixel + offset[s]);
+      load_transposed(b, x + p.x.swizzled(pixel + offset[s]));
 #pragma unroll
       for (int m = 0; m < BLOCKS; ++m) {
         multiply_add(sums[m][s][0], a[m], b[0], b[1], in_t{});
@@ -191,20 +62,21 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
 
 // The same for float32 factors rounded to tf32.
 template <int BLOCKS>
-__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const float* stage, int pairs,
-                               const int (&offset)[PAIRS][2], TensorSums<BLOCKS>& sums) {
-  const float *d = stage, *x = stage + p.capacity * p.pitch_d;
+__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const unsigned char* stage, int pairs,
+                                               const int (&offset)[PAIRS][2], TensorSums<BLOCKS>& sums) {
+  auto *d = reinterpret_cast<const float*>(stage), *x = reinterpret_cast<const float*>(stage + p.x_bytes);
+  int pitch_d = p.d.bytes / int(sizeof(float)), pitch_x = p.x.bytes / int(sizeof(float));
   int lane = threadIdx.x % 32, positions = c.rows * c.width;
   for (int k0 = 0; k0 < positions; k0 += 8) {
     int k = k0 + lane % 4;
-    const float* early = x + pixel_of(p, k, positions) * p.pitch_x + lane / 4;
-    const float* late = x + pixel_of(p, k + 4, positions) * p.pitch_x + lane / 4;
-    const float* row = d + k * p.pitch_d + lane / 4;
+    const float* early = x + pixel_of(p, k, positions) * pitch_x + lane / 4;
+    const float* late = x + pixel_of(p, k + 4, positions) * pitch_x + lane / 4;
+    const float* row = d + k * pitch_d + lane / 4;
     unsigned a[BLOCKS][4];
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m)
 #pragma unroll
-      for (int i = 0; i < 4; ++i) a[m][i] = round_to_tf32(row[i / 2 * 4 * p.pitch_d + 16 * m + i % 2 * 8]);
+      for (int i = 0; i < 4; ++i) a[m][i] = round_to_tf32(row[i / 2 * 4 * pitch_d + 16 * m + i % 2 * 8]);
 #pragma unroll
     for (int s = 0; s < PAIRS; ++s) {
       if (s >= pairs) break;
@@ -223,13 +95,15 @@ template <typename acc> constexpr int VECTOR = 16 / int(sizeof(acc));
 template <typename acc, int ROWS> using ScalarSums = acc[ROWS][PAIRS][VECTOR<acc>];
 
 template <typename acc, int ROWS>
-__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const acc* stage, const int (&offset)[PAIRS],
-                               ScalarSums<acc, ROWS>& sums) {
+__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const unsigned char* stage,
+                                               const int (&offset)[PAIRS], ScalarSums<acc, ROWS>& sums) {
   struct alignas(16) Vector { acc value[VECTOR<acc>]; };
-  const acc *d = stage + threadIdx.x / 16 * ROWS, *x = stage + p.capacity * p.pitch_d;
+  const acc* d = reinterpret_cast<const acc*>(stage) + threadIdx.x / 16 * ROWS;
+  const acc* x = reinterpret_cast<const acc*>(stage + p.x_bytes);
+  int pitch_d = p.d.bytes / int(sizeof(acc)), pitch_x = p.x.bytes / int(sizeof(acc));
   for (int r = 0; r < c.rows; ++r) {
-    const acc *row = d + r * p.width * p.pitch_d, *pixel = x + r * p.pixels * p.pitch_x;
-    for (int k = 0; k < c.width; ++k, row += p.pitch_d, pixel += p.position_step * p.pitch_x) {
+    const acc *row = d + r * p.width * pitch_d, *pixel = x + r * p.pixels * pitch_x;
+    for (int k = 0; k < c.width; ++k, row += pitch_d, pixel += p.position_step * pitch_x) {
       Vector left[ROWS / VECTOR<acc>];
 #pragma unroll
       for (int v = 0; v < ROWS / VECTOR<acc>; ++v) left[v] = reinterpret_cast<const Vector*>(row)[v];
@@ -243,24 +117,6 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
             sums[m][s][v] += left[m / VECTOR<acc>].value[m % VECTOR<acc>] * right.value[v];
       }
     }
-  }
-}
-
-// Calls multiply(chunk, stage) for every chunk, the next one's copies under way.
-template <typename in_t, typename Fn>
-__device__ __forceinline__ void for_each_chunk(const ConvTiles& p, const TileOrigin& t, unsigned char* memory, Fn&& multiply) {
-  auto stage = [&](int i) { return reinterpret_cast<in_t*>(memory + i % p.stages * p.stage_bytes); };
-  fetch_chunk<in_t>(p, t, chunk_at(p, 0), stage(0));
-  for (int i = 0; i < p.chunks; ++i) {
-    if (i + 1 < p.chunks) {
-      fetch_chunk<in_t>(p, t, chunk_at(p, i + 1), stage(i + 1));
-      wait_for_copies<1>();
-    } else {
-      wait_for_copies<0>();
-    }
-    __syncthreads();
-    multiply(chunk_at(p, i), stage(i));
-    __syncthreads();  // the next fetch writes where this product has read
   }
 }
 
@@ -278,12 +134,12 @@ template <typename in_t, int BLOCKS> struct TensorTile {
   __device__ __forceinline__ void multiply(const ConvTiles& p, const TileOrigin& t, unsigned char* memory,
                                            TensorSums<BLOCKS>& sums) const {
     // The last pair of an odd number multiplies an octet twice; whoever reads the sums leaves the copy out.
-    auto start = [&](int s, int half) { return column_offset(p, t, min(octet(s, half), t.columns - 1)); };
+    auto start = [&](int s, int half) { return column_offset<in_t>(p, t, min(octet(s, half), t.columns - 1)); };
     if constexpr (sizeof(in_t) == 2) {
       int offset[PAIRS];
 #pragma unroll
       for (int s = 0; s < PAIRS; ++s) offset[s] = start(s, lane / 16);
-      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const in_t* stage) {
+      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const unsigned char* stage) {
         multiply_chunk<in_t, BLOCKS>(p, c, stage, pairs, offset, sums);
       });
     } else {
@@ -291,8 +147,8 @@ template <typename in_t, int BLOCKS> struct TensorTile {
 #pragma unroll
       for (int s = 0; s < PAIRS; ++s)
 #pragma unroll
-        for (int h = 0; h < 2; ++h) offset[s][h] = start(s, h);
-      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const in_t* stage) {
+        for (int h = 0; h < 2; ++h) offset[s][h] = start(s, h) / int(sizeof(in_t));
+      for_each_chunk<in_t>(p, t, memory, [&](const Chunk& c, const unsigned char* stage) {
         multiply_chunk<BLOCKS>(p, c, stage, pairs, offset, sums);
       });
     }
@@ -314,16 +170,55 @@ template <typename acc, int ROWS> struct ScalarTile {
 #pragma unroll
     for (int s = 0; s < PAIRS; ++s) {
       int v = min(vector(s), t.columns * PARTS - 1);
-      offset[s] = column_offset(p, t, v / PARTS) + v % PARTS * VECTOR<acc>;
+      offset[s] = column_offset<acc>(p, t, v / PARTS) / int(sizeof(acc)) + v % PARTS * VECTOR<acc>;
     }
-    for_each_chunk<acc>(p, t, memory, [&](const Chunk& c, const acc* stage) {
+    for_each_chunk<acc>(p, t, memory, [&](const Chunk& c, const unsigned char* stage) {
       multiply_chunk<acc, ROWS>(p, c, stage, offset, sums);
     });
   }
 };
 
-// Chooses the tiles of a launch on factors of `size` bytes, `rows` output channels each (a multiple of 16). Chunks hold up to 256 / size positions, fewer where two of them would leave room for one block only.
-inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int rows) {
+inline int64_t rounded(int64_t n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// Lines of `count` positions with `channels` channels of `size` bytes.
+inline Lines plan_lines(int channels, int size, int64_t count) {
+  Lines lines{channels * size, 0, 1, 30, 0};
+  if (size == 4) lines.bytes += (40 - channels % 32) % 32 * 4;  // 8 words beyond a multiple of 32 meet all banks
+  if (size == 2) {
+    lines.bytes = 16, lines.shift = 0;
+    while (lines.bytes < 128 && lines.bytes < channels * size) lines.bytes *= 2, ++lines.shift;
+    lines.panels = (channels * size + lines.bytes - 1) / lines.bytes;
+    lines.swizzle = lines.bytes - 16;
+  }
+  // A swizzled panel starts where the swizzle does, which goes by addresses: it repeats after 1024 bytes at most.
+  // The least is for counts that plan_tiles will not take: far too much, but an int.
+  lines.panel = int(std::min<int64_t>(rounded(count * lines.bytes, size == 2 ? 1024 : 16), 1 << 28));
+  return lines;
+}
+
+// Makes the tensor maps of a plan for 16-bit factors, where bulk copies can fetch its chunks (see the head of conv_fetch.cuh).
+inline bool fetch_in_bulk(ConvTiles& p) {
+  const ConvFactors& f = p.f;
+  const int64_t *out = f.out, *d = f.grad_stride, *x = f.act_stride;
+  auto used = [](const Lines& lines, int channels) { return channels * 2 * 4 >= lines.panels * lines.bytes * 3; };
+  // A box is of rows of one depth z: of the image, and of grad as well unless its rows go on from depth to depth.
+  bool one_depth = out[0] == 1 || (out[1] % p.rows == 0 && d[2] == out[1] * d[3]);
+  if (!p.wide_x || !p.wide_d || !one_depth || !used(p.x, p.channels) || !used(p.d, p.tile_rows) ||
+      !device_copies_in_bulk())
+    return false;
+  const BoxDimension grad[5] = {{p.O, 1, p.d.bytes / 2, 1}, {f.groups, p.O, 1, 1}, {out[2], d[4], p.width, 1},
+                                {out[0] * out[1], d[3], p.rows, 1}, {f.B, d[0], 1, 1}};
+  const BoxDimension act[5] = {{f.C, 1, p.x.bytes / 2, 1}, {f.size[2], x[4], p.pixels, p.pixel_step},
+                               {f.size[1], x[3], p.rows, p.rows > 1 ? f.stride[1] : 1}, {f.size[0], x[2], 1, 1},
+                               {f.B, x[0], 1, 1}};
+  p.bulk_bytes = unsigned(p.d.panels * p.rows * p.width * p.d.bytes + p.x.panels * p.rows * p.pixels * p.x.bytes);
+  return make_tensor_map(p.grad_map, f.grad, p.d.bytes, grad) && make_tensor_map(p.act_map, f.act, p.x.bytes, act);
+}
+
+// Chooses the tiles of a launch on factors of `size` bytes, `rows` output channels each (a multiple of 16), fetched by bulk
+// copies where `bulk` allows it and they fit. Chunks hold up to 256 / size positions, fewer where two of them would leave
+// room for one block only.
+inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int rows, bool bulk = true) {
   ConvTiles p{};
   p.f = f;
   p.C = int(f.C / f.groups), p.O = int(f.O / f.groups);
@@ -339,11 +234,6 @@ inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int row
   p.taps = std::min(kernel, most / p.octets);
   p.tap_tiles = ceil_div(kernel, p.taps), p.taps = ceil_div(kernel, p.tap_tiles);
   p.tile_rows = rows, p.row_tiles = ceil_div(p.O, rows);
-  // Rows whose pitch in 16-byte units is odd meet all banks in ldmatrix; 8 words beyond a multiple of 32 do for tf32.
-  auto pitch = [&](int channels) {
-    return size == 2 ? channels + (channels / 8 % 2 ? 0 : 8) : size == 4 ? channels + (40 - channels % 32) % 32 : channels;
-  };
-  p.pitch_x = pitch(p.channels), p.pitch_d = pitch(rows);
   int multiple = !tensor ? 1 : size == 2 ? 16 : 8, out = int(f.out[2]), all_rows = int(f.out[0] * f.out[1]);
   for (int positions = 256 / size;; positions /= 2) {
     if (positions < 16) {  // a wide stride or dilation: kernel elements no longer share segments
@@ -358,9 +248,11 @@ inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int row
     p.chunks = p.pieces > 1 ? all_rows * p.pieces : ceil_div(all_rows, p.rows);
     p.capacity = ceil_div(p.rows * p.width, multiple) * multiple;
     int64_t pixels = int64_t(p.width - 1) * p.position_step + int64_t(p.taps - 1) * p.tap_step + 1;
-    p.stage_bytes = (int64_t(p.capacity) * p.pitch_d + p.rows * pixels * p.pitch_x) * size;
-    p.stage_bytes = (p.stage_bytes + 15) / 16 * 16;
     p.pixels = int(pixels);
+    p.d = plan_lines(rows, size, p.capacity), p.x = plan_lines(p.channels, size, p.rows * pixels);
+    p.x_bytes = p.d.panels * p.d.panel;
+    p.stage_bytes = p.x_bytes + int64_t(p.x.panels) * p.x.panel;
+    if (size == 2) p.stage_bytes = rounded(p.stage_bytes + sizeof(uint64_t), 1024);  // and the barrier
     if (p.stage_bytes <= 37 * 1024 || (p.taps == 1 && positions < 32)) break;
   }
   p.stages = std::min(2, p.chunks);
@@ -374,6 +266,7 @@ inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int row
   p.by_width = Divisor(p.width), p.by_out_y = Divisor(f.out[1]), p.by_pixels = Divisor(p.pixels);
   p.by_capacity = Divisor(p.capacity), p.by_segments = Divisor(int64_t(p.rows) * p.pixels);
   p.by_x_vectors = Divisor(p.channels * size / 16), p.by_d_vectors = Divisor(rows * size / 16);
+  p.bulk = bulk && size == 2 && fetch_in_bulk(p);
   return p;
 }
 

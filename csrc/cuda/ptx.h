@@ -1,9 +1,11 @@
-// Every instruction that CUDA C++ has no name for: asynchronous copies, matrix loads, tensor-core products.
+// Every instruction that CUDA C++ has no name for: asynchronous copies and their barriers, matrix loads, tensor-core
+// products.
 // Compiled for the CPU (tests/cuda_on_host) the same functions come from ptx_on_host.h.
 #pragma once
 #if defined(GRADCLUST_ON_HOST)
 #include "ptx_on_host.h"
 #else
+#include <cuda.h>
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 
@@ -24,6 +26,47 @@ __device__ __forceinline__ void commit_copies() { asm volatile("cp.async.commit_
 // Waits until at most `but` of this thread's committed groups are under way.
 template <int but> __device__ __forceinline__ void wait_for_copies() {
   asm volatile("cp.async.wait_group %0;" ::"n"(but) : "memory");
+}
+
+// Bulk tensor copies, from sm_90 on. One thread opens a barrier, orders what the block did before (fence_bulk_copies),
+// says how many bytes will come and starts the copies; every thread that reads them waits for the barrier's phase.
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 900
+constexpr bool BULK_COPIES = true;
+#else
+constexpr bool BULK_COPIES = false;
+#endif
+__device__ __forceinline__ void open_barrier(uint64_t* barrier) {  // a phase is one arrival and the bytes it expects
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" ::"r"(shared_address(barrier)) : "memory");
+}
+__device__ __forceinline__ void close_barrier(uint64_t* barrier) {
+  asm volatile("mbarrier.inval.shared::cta.b64 [%0];" ::"r"(shared_address(barrier)) : "memory");
+}
+// Shared memory, barriers included, as this thread knows it before: bulk copies started after see it so.
+__device__ __forceinline__ void fence_bulk_copies() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void expect_bytes(uint64_t* barrier, unsigned bytes) {
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(barrier)), "r"(bytes)
+               : "memory");
+}
+// Returns once the phase of this parity (0 for a barrier's first, then in turn) is over.
+__device__ __forceinline__ void wait_for_phase(uint64_t* barrier, unsigned parity) {
+  unsigned over;
+  do {
+    asm volatile(
+        "{\n.reg .pred over;\n"
+        "mbarrier.try_wait.parity.shared::cta.b64 over, [%1], %2;\n"
+        "selp.u32 %0, 1, 0, over;\n}"
+        : "=r"(over)
+        : "r"(shared_address(barrier)), "r"(parity)
+        : "memory");
+  } while (!over);
+}
+// The map's box at these coordinates → target (128-byte aligned); what lies outside of the tensor is zeros.
+__device__ __forceinline__ void copy_box(void* target, const CUtensorMap& map, const int (&at)[5], uint64_t* barrier) {
+  asm volatile(
+      "cp.async.bulk.tensor.5d.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1, {%3, %4, %5, %6, %7}], [%2];"
+      ::"r"(shared_address(target)), "l"(&map), "r"(shared_address(barrier)), "r"(at[0]), "r"(at[1]), "r"(at[2]),
+      "r"(at[3]), "r"(at[4])
+      : "memory");
 }
 
 // Four 8×8 matrices of 16-bit numbers, transposed: lanes 8i … 8i+7 give the addresses of matrix i's rows.

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 
+from .. import _native
 from ..triton_kernels._support import float32_precision
 from . import _cuda
 
-ROUTES = ("tiles", "tiles_tf32", "correlate")  # csrc/types.h: ConvCudaRoute
+ROUTES = ("tiles", "tiles_tf32", "correlate", "tiles_cp_async")  # csrc/types.h: ConvCudaRoute
+"""The last is never chosen: it is ``tiles`` without bulk tensor copies, for measuring what those are worth."""
 
 _TEXT = {
     "tiles": "tiles of G_b by implicit im2col",
@@ -37,6 +40,29 @@ def choose(act: torch.Tensor, grad: torch.Tensor, groups: int) -> str:
 def route(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
     """The route as a sentence."""
     return _TEXT[choose(act, grad, geometry[4])] if act.numel() and grad.numel() else "nothing to sum"
+
+
+def route_of(name: str) -> Callable[..., str]:
+    """``route`` of an op whose native launcher also tells (``{name}_cuda_in_bulk``) how its tiles are fetched."""
+
+    def text(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> str:
+        sentence = route(act, grad, *geometry)
+        if not act.numel() or not grad.numel() or choose(act, grad, geometry[4]) == "correlate":
+            return sentence
+        factors = _native.conv(_as_read(act), _as_read(grad), *geometry)
+        in_bulk = getattr(_cuda.native(), f"{name}_cuda_in_bulk")
+        with torch.cuda.device(act.device if act.is_cuda else -1):
+            bulk = in_bulk(factors, ROUTES.index(choose(act, grad, geometry[4])))
+        return f"{sentence}, fetched by {'bulk tensor copies' if bulk else 'cp.async'}"
+
+    return text
+
+
+def _as_read(tensor: torch.Tensor) -> torch.Tensor:
+    """What the kernel would read: the tensor, or, of a copy that would be made first, the strides."""
+    meta = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    read = channels_side_by_side(meta)
+    return tensor if read is meta else read
 
 
 def channels_side_by_side(tensor: torch.Tensor) -> torch.Tensor:

@@ -93,7 +93,7 @@ def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) 
     return first, second
 
 
-@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route)
+@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route_of("conv_moments"))
 def conv_moments_cuda(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> tuple[torch.Tensor, torch.Tensor]:
     if not act.numel() or not grad.numel():
         return _op.reference(act, grad, *geometry)

@@ -116,7 +116,7 @@ def by_route(route: str, act: torch.Tensor, grad: torch.Tensor, *geometry: Any) 
     return out
 
 
-@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route)
+@_op.kernel("cuda", refuses=_conv_cuda.refuses, route=_conv_cuda.route_of("conv_sqnorm"))
 def conv_sqnorm_cuda(act: torch.Tensor, grad: torch.Tensor, *geometry: Any) -> torch.Tensor:
     if not act.numel() or not grad.numel():
         return _fake(act).zero_() if not geometry[-1] else _op.reference(act, grad, *geometry)

@@ -45,7 +45,8 @@ def unavailable() -> str | None:
 
 
 def sources() -> list[Path]:
-    return [HERE / "module.cpp", HERE / "emulator.cpp", *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
+    own = [HERE / name for name in ("module.cpp", "emulator.cpp", "tensor_maps.cpp")]
+    return [*own, *sorted((ROOT / "csrc" / "cuda").glob("*.cu"))]
 
 
 @lru_cache(maxsize=1)
@@ -106,4 +107,5 @@ def emulated(monkeypatch) -> ModuleType:
     monkeypatch.setattr(_cuda, "launch", launch)
     monkeypatch.setattr(_cuda, "refuses", refuses)
     built.set_order(0)
+    built.set_device(9, True)
     return built

@@ -7,6 +7,7 @@
 #include <mutex>
 #include <random>
 #include <string>
+#include <utility>
 #include <vector>
 
 #include <ucontext.h>
@@ -29,6 +30,7 @@ struct Fiber {
   const int64_t* waits_for = nullptr;  // until it reaches the value
   int64_t value = 0;
   int64_t collectives = 0;  // of this lane so far
+  bool fenced = false;      // towards bulk copies, since the block's last barrier
   std::vector<std::vector<Copy>> groups;
   std::vector<Copy> open;
 };
@@ -41,15 +43,30 @@ struct Meeting {
   Lanes lanes;
 };
 struct Warp { Meeting meetings[2]; };
+struct BoxCopy {
+  unsigned char* target;
+  CUtensorMap map;
+  int at[5];
+  size_t bytes;
+};
+constexpr uint64_t OPEN = 0xba221e20ba221e20;  // what lies where a barrier is
+struct Barrier {
+  uint64_t* place;
+  int64_t phase = 0, bytes = 0;  // phases that are over; bytes expected and not there
+  bool arrived = false;
+  std::vector<BoxCopy> copies;  // under way
+};
 struct Block {
   uint3 index;
   std::vector<Warp> warps;
+  std::vector<std::unique_ptr<Barrier>> open;
+  size_t shared_bytes;
   std::vector<unsigned char> shared;
   unsigned at_barrier = 0;
   int64_t barriers = 0;
 
   unsigned char* memory() {
-    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 15) / 16 * 16);
+    return reinterpret_cast<unsigned char*>((reinterpret_cast<uintptr_t>(shared.data()) + 1023) / 1024 * 1024);
   }
 };
 
@@ -104,17 +121,40 @@ template <typename T> void put_in_order(std::vector<T>& items, std::minstd_rand&
   if (seed > 1) std::shuffle(items.begin(), items.end(), random);
 }
 
+void end_phase_if_complete(Barrier& barrier) {
+  if (!barrier.arrived || barrier.bytes) return;
+  ++barrier.phase, barrier.arrived = false;
+}
+
+// The copies that a thread waits for arrive. False if there are none.
+bool land_copies(const std::vector<unsigned>& order) {
+  bool any = false;
+  for (unsigned i : order)
+    for (auto& barrier : resident[i / num_threads].open) {
+      if (fibers[i]->done || fibers[i]->waits_for != &barrier->phase) continue;
+      for (const BoxCopy& copy : std::exchange(barrier->copies, {})) {
+        any = true;
+        read_box(copy.map, copy.at, copy.target);
+        barrier->bytes -= int64_t(copy.bytes);
+        if (barrier->bytes < 0) failure = "bulk copies bring more bytes than their barrier expects";
+        end_phase_if_complete(*barrier);
+      }
+    }
+  return any;
+}
+
 // Runs the resident blocks' threads in the given order until all are done.
 void run_resident(size_t shared_bytes, const std::vector<unsigned>& order) {
   for (Block& each : resident) {
     each.warps.assign(num_threads / 32, {});
-    each.shared.assign(shared_bytes + 16 + CANARY, 0xff);
-    each.at_barrier = 0, each.barriers = 0;
+    each.shared.assign(shared_bytes + 1024 + CANARY, 0xff);
+    each.at_barrier = 0, each.barriers = 0, each.shared_bytes = shared_bytes;
+    each.open.clear();
   }
   at_grid_barrier = 0, grid_barriers = 0;
   for (unsigned i : order) {
     Fiber& fiber = *fibers[i];
-    fiber.done = false, fiber.waits_for = nullptr, fiber.collectives = 0;
+    fiber.done = false, fiber.waits_for = nullptr, fiber.collectives = 0, fiber.fenced = false;
     fiber.groups.clear(), fiber.open.clear();
   }
   for (bool progress = true, left = true; left; ) {
@@ -131,14 +171,25 @@ void run_resident(size_t shared_bytes, const std::vector<unsigned>& order) {
       if (!failure.empty()) return;
       progress = true;
     }
-    if (left && !progress) {
-      failure = "threads wait at a barrier or for their warp that others never reach";
-      return;
-    }
+    if (left && !progress && !land_copies(order))
+      failure = "threads wait at a barrier, for their warp or for a phase that others never reach";
+    if (!failure.empty()) return;
   }
-  for (Block& each : resident)
+  for (Block& each : resident) {
     for (size_t i = 0; i < CANARY; ++i)
       if (each.memory()[shared_bytes + i] != 0xff) failure = "wrote past the end of its shared memory";
+    for (auto& barrier : each.open)
+      if (!barrier->copies.empty()) failure = "a block ended with bulk copies under way";
+  }
+}
+
+Barrier& barrier_at(uint64_t* place) {
+  for (auto& each : block->open) {
+    if (each->place != place) continue;
+    if (*place != OPEN) fail("a barrier was written over");
+    return *each;
+  }
+  fail("a barrier that is not open");
 }
 
 }  // namespace
@@ -183,6 +234,7 @@ unsigned char* shared_memory() { return block->memory(); }
 unsigned lane() { return threadIdx.x % 32; }
 
 void barrier() {
+  current->fenced = false;
   if (++block->at_barrier < num_threads) return wait_until(block->barriers, block->barriers + 1);
   block->at_barrier = 0;
   ++block->barriers;
@@ -229,6 +281,58 @@ void finish_groups(int but) {
     }
     current->groups.erase(current->groups.begin());
   }
+}
+
+void open_barrier(uint64_t* place) {
+  auto* byte = reinterpret_cast<unsigned char*>(place);
+  bool inside = byte >= block->memory() && byte + sizeof *place <= block->memory() + block->shared_bytes;
+  if (!inside || reinterpret_cast<uintptr_t>(place) % 8) fail("a barrier outside of shared memory, or misaligned");
+  for (auto& each : block->open)
+    if (each->place == place) fail("a barrier is opened twice");
+  *place = OPEN;
+  block->open.emplace_back(new Barrier{});
+  block->open.back()->place = place;
+}
+
+void close_barrier(uint64_t* place) {
+  Barrier& barrier = barrier_at(place);
+  if (barrier.arrived || barrier.bytes || !barrier.copies.empty()) fail("a barrier is closed in the midst of a phase");
+  for (auto& fiber : fibers)
+    if (!fiber->done && fiber->waits_for == &barrier.phase) fail("a barrier is closed while threads wait at it");
+  auto here = [&](const std::unique_ptr<Barrier>& each) { return each->place == place; };
+  block->open.erase(std::find_if(block->open.begin(), block->open.end(), here));
+  memset(place, 0xff, sizeof *place);
+}
+
+void fence_bulk_copies() { current->fenced = true; }
+
+void expect_bytes(uint64_t* place, unsigned bytes) {
+  Barrier& barrier = barrier_at(place);
+  if (barrier.arrived) fail("a second arrival at a barrier in one phase");
+  barrier.arrived = true, barrier.bytes += bytes;
+  end_phase_if_complete(barrier);
+}
+
+void wait_for_phase(uint64_t* place, unsigned parity) {
+  Barrier& barrier = barrier_at(place);
+  if (parity > 1) fail("a parity that is neither 0 nor 1");
+  if (barrier.phase % 2 == int64_t(parity)) wait_until(barrier.phase, barrier.phase + 1);
+}
+
+void copy_box_later(void* target, const CUtensorMap& map, const int (&at)[5], uint64_t* place) {
+  Barrier& barrier = barrier_at(place);
+  if (!current->fenced) fail("a bulk copy, and no fence towards it since the block's last barrier");
+  if (const char* fault = box_fault(map, target)) fail(fault);
+  BoxCopy copy{static_cast<unsigned char*>(target), map, {}, box_bytes(map)};
+  std::copy(at, at + 5, copy.at);
+  if (copy.target < block->memory() || copy.target + copy.bytes > block->memory() + block->shared_bytes)
+    fail("a bulk copy past the end of shared memory");
+  for (auto& each : block->open)
+    for (const BoxCopy& other : each->copies)
+      if (copy.target < other.target + other.bytes && other.target < copy.target + copy.bytes)
+        fail("two bulk copies under way to one place");
+  memset(target, 0xff, copy.bytes);
+  barrier.copies.push_back(copy);
 }
 
 }  // namespace emulator

@@ -1,7 +1,8 @@
 // Enough of CUDA on a CPU to run the kernels of csrc/cuda in tests: every thread of a block is a fiber that runs until its
 // next barrier, shuffle or matrix product, blocks come one after the other, and both in an order that the test picks. A
 // missing barrier then reads what no thread has written yet: shared memory and the targets of asynchronous copies are
-// filled with NaN first. What a warp does together must be done by all of its lanes, or the launch fails and says so.
+// filled with NaN first. Bulk copies arrive only when no thread can go on without them. What a warp does together must be
+// done by all of its lanes, or the launch fails and says so.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,6 +10,8 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+
+#include "tensor_maps.h"
 
 #define __global__
 #define __device__
@@ -73,6 +76,14 @@ unsigned lane();
 void copy_later(void* target, const void* source, size_t bytes, size_t zeros);
 void close_group();
 void finish_groups(int but);
+
+// Barriers in shared memory, of one arrival and the bytes it expects a phase, and the bulk copies that bring those.
+void open_barrier(uint64_t* barrier);
+void close_barrier(uint64_t* barrier);
+void fence_bulk_copies();
+void expect_bytes(uint64_t* barrier, unsigned bytes);
+void wait_for_phase(uint64_t* barrier, unsigned parity);
+void copy_box_later(void* target, const CUtensorMap& map, const int (&at)[5], uint64_t* barrier);
 
 template <typename T> T shuffle(unsigned mask, T value, unsigned from) {
   T result;

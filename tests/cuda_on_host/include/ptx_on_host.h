@@ -10,6 +10,16 @@ inline void copy_16(void* target, const void* source, int bytes) {
 inline void commit_copies() { emulator::close_group(); }
 template <int but> void wait_for_copies() { emulator::finish_groups(but); }
 
+constexpr bool BULK_COPIES = true;
+using emulator::close_barrier;
+using emulator::expect_bytes;
+using emulator::fence_bulk_copies;
+using emulator::open_barrier;
+using emulator::wait_for_phase;
+inline void copy_box(void* target, const CUtensorMap& map, const int (&at)[5], uint64_t* barrier) {
+  emulator::copy_box_later(target, map, at, barrier);
+}
+
 inline void load_transposed(unsigned (&matrix)[4], const void* row) {
   emulator::Lanes& all = emulator::meet(~0u, 3, &row, sizeof row);
   unsigned lane = emulator::lane();
