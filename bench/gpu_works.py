@@ -15,6 +15,7 @@ from bench.gpu_meter import Figure, Meter, ratio
 from bench.training.models import GPU_TASKS, SMALL_TASKS
 from bench.training.steps import PACKAGES, REMEDY, WAYS, plain, recorded
 from gradclust_fast._dispatch import OPS
+from gradclust_fast.sketching import scaled_signs
 
 HALF = torch.bfloat16
 
@@ -246,6 +247,7 @@ def launches(meter: Meter) -> Iterator[Figure]:
         "norm_grads": ("norm_grads", OPS["norm_grads"].prepare(act, act, None, 1e-5, False)),
         "assign_points": ("assign_points", (vectors, centers, None)),
         "cluster_sums": ("cluster_sums", (vectors, labels, 5)),
+        "sign_product": ("sign_product", (vectors, 256, 1, 2, 0.5)),
     }
     yield Figure("host microseconds: torch.mm", meter.host_microseconds(lambda: torch.mm(vectors, right)))
     for label, (name, args) in calls.items():
@@ -254,6 +256,35 @@ def launches(meter: Meter) -> Iterator[Figure]:
         yield Figure(
             f"host microseconds: {label}, in a record", meter.host_microseconds(lambda op=op, args=args: op.run(*args))
         )
+
+
+def random_signs(meter: Meter) -> Iterator[Figure]:
+    """Stored, against writing as much; made on the way, against the product with the stored matrix."""
+    rows, cols = meter.sizes((65_536, 4096), (20, 300))
+    device, target = torch.device(meter.device), meter.randn(rows, cols)
+    for transposed, layout in ((False, ""), (True, ", transposed")):
+
+        def make(transposed: bool = transposed) -> torch.Tensor:
+            return scaled_signs(rows, cols, (1, 2), 0.5, torch.float32, device, transposed)
+
+        times = meter.times({"ours": make, "fill": lambda: target.fill_(0.5)}, cold=True)
+        yield Figure(f"of the write bandwidth of fill_{layout}", ratio(times["fill"], times["ours"]), least=0.80)
+    for most, size in ((1.05, (16_384, 4096, 2048)), (None, (4096, 1024, 256)), (None, (256, 1024, 256))):
+        label = "B={} D={} R={}".format(*size)
+        B, D, R = meter.sizes(size, (5, 300, 20))
+        vectors = meter.randn(B, D)
+        signs = scaled_signs(R, D, (1, 2), R**-0.5, torch.float32, device, transposed=True)
+
+        def product(vectors: torch.Tensor = vectors, signs: torch.Tensor = signs) -> torch.Tensor:
+            return vectors @ signs
+
+        def ours(vectors: torch.Tensor = vectors, R: int = R) -> torch.Tensor:
+            return gf.ops.sign_product(vectors, R, (1, 2), R**-0.5)
+
+        times = meter.times({"ours": ours, "product": product})
+        share = ratio(times["ours"], times["product"])
+        yield Figure(f"fused ÷ the product with stored signs, {label}", share, most=most)
+        yield Figure(f"microseconds, {label}", None if times["ours"] is None else 1e6 * times["ours"])
 
 
 WORKS = {
@@ -266,5 +297,6 @@ WORKS = {
     "weight-gradient": Work("grad_weight_sqnorm bf16 B=32 T=1024 4096→4096", weight_gradient),
     "gpt2-step": Work("GPT-2 small, B=8 T=1024, a step in bf16", step("gpt2-small", 1.40, 1.10)),
     "vit-step": Work("ViT-B of 12 layers, B=64 T=197, a step in bf16", step("vit-b", 1.15, None)),
+    "random-signs": Work("signs: stored 65,536×4096 float32; sign_product float32", random_signs),
     "launches": Work("the launch path: small tensors, kernels not waited for", launches),
 }

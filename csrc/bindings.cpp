@@ -23,6 +23,7 @@
 #include "grad_sqnorm.h"
 #include "grad_weight_sqnorm.h"
 #include "norm_grads.h"
+#include "sign_product.h"
 #include "stamp.h"
 #include "tuples.h"
 
@@ -181,6 +182,12 @@ void bind_norm(py::module_& m) {
   }, nogil());
 }
 
+void bind_signs(py::module_& m) {
+  m.def("sign_product_cpu", [](const SignTuple& t, double scale, uintptr_t out, int threads) {
+    PICK(sign_product_cpu)(signs(t, scale), pointer(out), threads);
+  }, nogil());
+}
+
 }  // namespace
 
 PYBIND11_MODULE(_C, m) {
@@ -211,6 +218,7 @@ PYBIND11_MODULE(_C, m) {
   bind_conv(m);
   bind_embedding(m);
   bind_norm(m);
+  bind_signs(m);
 #if defined(GRADCLUST_HAVE_CUDA)
   bind_cuda(m);
 #endif

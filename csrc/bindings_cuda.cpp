@@ -11,6 +11,7 @@
 #include "grad_sqnorm.h"
 #include "norm_grads.h"
 #include "random_signs.h"
+#include "sign_product.h"
 #include "tuples.h"
 
 namespace py = pybind11;
@@ -59,6 +60,9 @@ void bind_cuda(py::module_& m) {
   m.def("random_signs_cuda", [](uintptr_t out, int dtype, int64_t rows, int64_t cols, uint32_t key0, uint32_t key1,
                                 double scale, bool transposed, uintptr_t stream) {
     raise_if(random_signs_cuda(pointer(out), DType(dtype), rows, cols, key0, key1, scale, transposed, pointer(stream)));
+  }, nogil());
+  m.def("sign_product_cuda", [](const SignTuple& t, double scale, int pieces, uintptr_t out, uintptr_t stream) {
+    raise_if(sign_product_cuda(signs(t, scale), pieces, pointer(out), pointer(stream)));
   }, nogil());
   m.def("conv_sqnorm_cuda_partials", [](const ConvTuple& f, int route) {
     return conv_sqnorm_cuda_partials(conv(f), ConvCudaRoute(route));

@@ -1,4 +1,4 @@
-// Random matrices with entries ±scale, bit for bit those of gradclust_fast/sketching.py. The kernel is in
+// Random matrices with entries ±scale, bit for bit those of gradclust_fast/reference/sign_product.py. The kernel is in
 // cuda/random_signs.cu.
 #pragma once
 #include "types.h"

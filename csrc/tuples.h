@@ -6,6 +6,7 @@
 #include "cluster.h"
 #include "embedding.h"
 #include "norm_grads.h"
+#include "sign_product.h"
 #include "types.h"
 
 namespace gradclust {
@@ -54,6 +55,13 @@ using NormTuple = std::array<int64_t, 11>;
 inline NormFactors norm(const NormTuple& t) {
   return {pointer(uintptr_t(t[0])), pointer(uintptr_t(t[1])), DType(t[2]), t[3], t[4], t[5], t[6], t[7], t[8], t[9],
           t[10]};
+}
+
+// (vectors, dtype, B, D, stride, R, key, key)
+using SignTuple = std::array<int64_t, 8>;
+
+inline SignFactors signs(const SignTuple& t, double scale) {
+  return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4], t[5], uint32_t(t[6]), uint32_t(t[7]), scale};
 }
 
 }  // namespace gradclust

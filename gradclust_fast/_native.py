@@ -169,6 +169,11 @@ def rows(points: torch.Tensor) -> tuple[int, ...]:
     return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)
 
 
+def signs(vectors: torch.Tensor, dim: int, key0: int, key1: int) -> tuple[int, ...]:
+    """csrc/tuples.h:SignTuple of vectors [B, D] with last stride 1."""
+    return vectors.data_ptr(), DTYPES[vectors.dtype], *vectors.shape, vectors.stride(0), dim, key0, key1
+
+
 def with_workspace(function: Any, *args: Any, threads: int) -> None:
     """Calls a native function that first tells how many bytes it needs, then works in them."""
     workspace = torch.empty(max(1, function(*args, 0, threads)), dtype=torch.uint8)

@@ -12,10 +12,10 @@ from torch import Tensor
 
 from ._arguments import integer
 from .ops import _random_signs
+from .ops.sign_product import generated
+from .reference.sign_product import philox4x32 as philox4x32
+from .reference.sign_product import sign_matrix
 
-_WORD = 0xFFFFFFFF
-_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)  # Random123's constants of Philox4x32
-_WEYL = (0x9E3779B9, 0xBB67AE85)
 WRAPPERS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 """Attributes under which torch.compile, FSDP and checkpoint wrappers keep the module they wrap."""
 
@@ -35,38 +35,6 @@ class Factors(Protocol):
     def sketch(self, left: Tensor | None, right: Tensor | None) -> Tensor:
         """leftᵀ G_b right [B, P, Q]; None stands for the identity."""
         ...
-
-
-def philox4x32(counter: Tensor, key: tuple[int, int]) -> Tensor:
-    """Philox4x32-10 (Salmon et al. 2011) of counters [4, *] in int64 tensors that hold 32-bit words.
-
-    int64 is the widest integer every device has, so the 64-bit products are put together from 16-bit halves.
-    """
-    even, odd = counter[0::2], counter[1::2]  # [2, *]: words 0 and 2, words 1 and 3
-    words = [_MULTIPLIERS, *([(word + turn * step) & _WORD for word, step in zip(key, _WEYL)] for turn in range(10))]
-    factor, *round_keys = torch.tensor(words, device=counter.device).view(11, 2, *[1] * (counter.dim() - 1))
-    for round_key in round_keys:
-        low = (even & 0xFFFF) * factor  # < 2^48
-        high = (even >> 16) * factor + (low >> 16)  # < 2^49
-        even, odd = (
-            (high >> 16).flip(0) ^ odd ^ round_key,
-            (((high & 0xFFFF) << 16) | (low & 0xFFFF)).flip(0),
-        )
-    return torch.stack([even, odd], 1).flatten(0, 1)
-
-
-def sign_matrix(rows: int, cols: int, key: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """[rows, cols] of ±1: entry (r, c) is bit c % 32 of word c % 128 // 32 of Philox at counter (c // 128, r, 0, 0).
-
-    The definition, in torch's operations; on a GPU :func:`scaled_signs` takes the same bits from one kernel.
-    """
-    blocks = -(-cols // 128)
-    block = torch.arange(blocks, device=device)
-    counter = torch.zeros(4, rows, blocks, dtype=torch.int64, device=device)
-    counter[0], counter[1] = block, torch.arange(rows, device=device).unsqueeze(1)
-    words = philox4x32(counter, key).permute(1, 2, 0).flatten(1)[:, : -(-cols // 32)]  # [rows, ⌈cols/32⌉]
-    bits = (words.unsqueeze(2) >> torch.arange(32, device=device)) & 1  # [rows, ⌈cols/32⌉, 32]
-    return (1 - 2 * bits.flatten(1)[:, :cols]).to(dtype)
 
 
 def scaled_signs(
@@ -166,36 +134,68 @@ class Sketch:
         Returns:
             [B, dim], to be added over parameters; with ``reduce=False`` [B, P_l·Q_l], to be concatenated.
         """
-        left, right, second = self.matrices(name, factors.matrix_shape, factors.dtype, factors.device)
+        name = canonical_name(name)
+        left, right = self._thin(name, factors.matrix_shape, factors.dtype, factors.device)
         first = factors.sketch(left, right).flatten(1)  # [B, P_l·Q_l]
-        return first if second is None else first @ second
+        if not self.reduce:
+            return first
+        reduced = generated(first, self.dim, self._key(name, "second"), 1 / math.sqrt(self.dim))
+        return first @ self._stored(name, first) if reduced is None else reduced
 
     def matrices(
         self, name: str, matrix_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
     ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
         """(L [rows, P_l], M [cols, Q_l], S [P_l·Q_l, dim]) of one parameter; None is the identity.
 
-        float64 gradients get float64 matrices, all others float32. The matrices are kept for the next call.
+        float64 gradients get float64 matrices, all others float32. L and M are kept for the next call. S is made in
+        this one: ``apply`` has no need of it where a kernel multiplies by signs that it makes on the way.
         """
         name = canonical_name(name)
-        dtype = dtype if dtype == torch.float64 else torch.float32
+        left, right = self._thin(name, matrix_shape, dtype, device)
+        if not self.reduce:
+            return left, right, None
+        return left, right, self._second(name, math.prod(self.stages(matrix_shape)), dtype, device)
+
+    def _thin(
+        self, name: str, matrix_shape: tuple[int, int], dtype: torch.dtype, device: torch.device
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """L and M: inputs of the op that makes the first stage, and small."""
         key = (name, tuple(matrix_shape), dtype, device)
         if key not in self._cache:
             (rows, cols), (P, Q) = matrix_shape, self.stages(matrix_shape)
-            # Normal tensors even when first needed under inference_mode: later calls may run outside of it.
-            with torch.inference_mode(False), torch.no_grad():
-                left = self._matrix(name, "left", rows, P, dtype, device) if rows > P else None
-                right = self._matrix(name, "right", cols, Q, dtype, device) if cols > Q else None
-                second = None
-                if self.reduce:  # rows of the generator are the outputs, so a longer sketch begins with a shorter one
-                    key2, scale = self._key(name, "second"), 1 / math.sqrt(self.dim)
-                    second = scaled_signs(self.dim, P * Q, key2, scale, dtype, device, transposed=True)
-            self._cache[key] = left, right, second
+            left = self._matrix(name, "left", rows, P, P, dtype, device) if rows > P else None
+            right = self._matrix(name, "right", cols, Q, Q, dtype, device) if cols > Q else None
+            self._cache[key] = left, right
         return self._cache[key]
 
-    def _matrix(self, name: str, which: str, rows: int, cols: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-        # A product, not a quotient: devices divide by a scalar in different ways.
-        return scaled_signs(rows, cols, self._key(name, which), 1 / math.sqrt(cols), dtype, device)
+    def _second(self, name: str, width: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """S [width, dim]. Rows of the generator are the outputs, so a longer sketch begins with a shorter one."""
+        return self._matrix(name, "second", self.dim, width, self.dim, dtype, device, transposed=True)
+
+    def _stored(self, name: str, first: Tensor) -> Tensor:
+        """S where no kernel makes it on the way: PyTorch takes much longer to make it than to multiply by it."""
+        key = (name, "second", first.shape[1], first.dtype, first.device)
+        if key not in self._cache:
+            self._cache[key] = self._second(name, first.shape[1], first.dtype, first.device)
+        return self._cache[key]
+
+    def _matrix(
+        self,
+        name: str,
+        which: str,
+        rows: int,
+        cols: int,
+        size: int,
+        dtype: torch.dtype,
+        device: torch.device,
+        transposed: bool = False,
+    ) -> Tensor:
+        """±1/√size [rows, cols], or its transpose."""
+        dtype = dtype if dtype == torch.float64 else torch.float32
+        # Normal tensors even when first needed under inference_mode: later calls may run outside of it.
+        with torch.inference_mode(False), torch.no_grad():
+            # A product, not a quotient: devices divide by a scalar in different ways.
+            return scaled_signs(rows, cols, self._key(name, which), 1 / math.sqrt(size), dtype, device, transposed)
 
     def _key(self, name: str, which: str) -> tuple[int, int]:
         digest = hashlib.blake2b(f"{self.seed}/{which}/{name}".encode(), digest_size=8).digest()

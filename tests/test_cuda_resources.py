@@ -45,6 +45,7 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
     "norm_grads_rows_kernel": 80,  # three blocks of 256
     "norm_grads_channels_kernel": 64,
     "random_signs_kernel": 64,
+    "sign_product_kernel": 192,  # float64's; two blocks of 256 of the others
 }
 
 
@@ -98,6 +99,16 @@ def test_tiles_of_16_bit_factors_use_bulk_copies_from_sm_90_on():
                 found.add(bulk)
                 assert all((word in text) == bulk for word in ("UTMALDG", "SYNCS.PHASECHK")), (architecture, name)
     assert True in found
+
+
+def test_products_with_signs_take_tensor_cores_and_leave_room_for_two_blocks():
+    functions = re.split(r"\n\s*Function : ", dump("--dump-sass"))
+    products = [text for text in functions[1:] if "sign_product_kernel" in text.split("\n", 1)[0]]
+    assert products
+    for text in products:
+        assert ("DMMA" if "sign_product_kernelId" in text.split("\n", 1)[0] else "HMMA") in text
+    taken = {name: registers for name, registers, *_ in resources() if "sign_product_kernel" in name}
+    assert all(registers <= 128 for name, registers in taken.items() if "sign_product_kernelId" not in name)
 
 
 def test_sweeps_of_exact_moves_take_float64_tensor_cores():

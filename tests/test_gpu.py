@@ -120,7 +120,7 @@ def test_every_op_is_covered_here():
     conv = {f"conv_{what}" for what in EXTRA}
     points = {"assign", "assign_points", "cluster_sums", "exact_moves"}
     tables = {f"embedding_{what}" for what in EXTRA}
-    assert set(gf.ops.__all__) <= linear | conv | tables | points | {"norm_grads"}
+    assert set(gf.ops.__all__) <= linear | conv | tables | points | {"norm_grads", "sign_product"}
     assert set(gf.ops.__all__) == set(OPS)
 
 
@@ -167,6 +167,30 @@ def test_embedding_ops(what, dtype, B, positions, V, D, padding_idx):
 )
 def test_norm_grads(dtype, shape, options):
     check("norm_grads", (torch.randn(shape).to(dtype), torch.randn(shape).to(dtype)), options, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("B, D, R", [(0, 5, 3), (3, 0, 4), (1, 127, 65), (300, 1030, 70), (70, 45, 8500)])
+def test_sign_product(dtype, B, D, R):
+    check("sign_product", (torch.randn(B, D).to(dtype), R, (0x12345678, 0x9ABCDEF0), 0.3), {}, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_products_with_signs_are_exact_and_the_same_in_any_batch(dtype):
+    key, cpu = (0x12345678, 0x9ABCDEF0), torch.device("cpu")
+    values = torch.cat([torch.randn(600, dtype=dtype), torch.tensor([3.4e38, 1e-30, 16777215.0], dtype=dtype)])
+    expected = sketching.sign_matrix(8500, 603, key, dtype, cpu).T * values[:, None]
+    args = (values.diag().to(DEVICE), 8500, key)
+    for backend in runnable("sign_product", args, {}):
+        with gf.backend(backend):
+            assert torch.equal(gf.ops.sign_product(*args).cpu(), expected)
+            if backend == "reference":
+                continue  # a library's product depends on its shape
+            vectors = torch.randn(200, 700, dtype=dtype, device=DEVICE)
+            whole = gf.ops.sign_product(vectors, 8500, key)
+            assert torch.equal(gf.ops.sign_product(vectors[:1], 8500, key), whole[:1])
+            assert torch.equal(gf.ops.sign_product(vectors, 70, key), whole[:, :70])
 
 
 @on_device
@@ -228,8 +252,8 @@ def test_exact_moves_lower_j_and_one_at_a_time_decide_as_on_the_cpu(N, R, cluste
 
 
 @on_device
-@pytest.mark.parametrize("name", ["assign", "assign_points", "cluster_sums", "exact_moves"])
-def test_clustering_ops_repeat_their_bits_and_are_captured_in_graphs(name):
+@pytest.mark.parametrize("name", ["assign", "assign_points", "cluster_sums", "exact_moves", "sign_product"])
+def test_ops_on_points_repeat_their_bits_and_are_captured_in_graphs(name):
     N, R, clusters = (5000, 96, 40) if DEVICE == "cuda" else (50, 6, 4)
     points, labels = torch.randn(N, R, device=DEVICE), torch.randint(clusters, (N,), device=DEVICE)
     centers, counts = torch.randn(clusters, R, device=DEVICE), torch.randint(1, 9, (clusters,), device=DEVICE)
@@ -239,6 +263,7 @@ def test_clustering_ops_repeat_their_bits_and_are_captured_in_graphs(name):
         "assign_points": (points, centers, counts),
         "cluster_sums": (points, labels, clusters),
         "exact_moves": (points, labels, clusters, 1),
+        "sign_product": (points, 300 if DEVICE == "cuda" else 20, (1, 2), 0.1),
     }[name]
     op = getattr(gf.ops, name)
     for backend in runnable(name, args, {}):

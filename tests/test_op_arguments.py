@@ -32,6 +32,8 @@ WRONG = [
         id="optional-integer",
     ),
     pytest.param(lambda: ops.norm_grads(A, A, eps="a"), "eps must be a number, got str", id="number"),
+    pytest.param(lambda: ops.sign_product(POINTS, 2**64, (1, 2)), f"dim must fit into 64 bits, got {2**64}", id="dim"),
+    pytest.param(lambda: ops.sign_product(POINTS, 4, "ab"), "key must be two integers, got 'ab'", id="key"),
     pytest.param(lambda: ops.conv_sqnorm([1], OUT, kernel_size=3), "act must be a torch.Tensor, got list", id="conv"),
     pytest.param(
         lambda: ops.conv_sqnorm(IMAGE, OUT, kernel_size=3.0), "kernel_size must be an integer, got 3.0", id="kernel"
@@ -57,6 +59,7 @@ def test_arguments_of_the_wrong_kind_are_named(call, message):
 
 def test_whole_numbers_of_numpy_and_sequences_of_one_count():
     assert ops.cluster_sums(POINTS, LABELS, np.int64(3))[1].tolist() == [1, 2, 1]
+    assert torch.equal(ops.sign_product(POINTS, 4, [np.uint32(1), np.int64(2)]), ops.sign_product(POINTS, 4, (1, 2)))
     same = ops.conv_sqnorm(IMAGE, OUT, kernel_size=[np.int64(3)], stride=torch.Size([1, 1]), padding=(0,))
     assert torch.equal(same, ops.conv_sqnorm(IMAGE, OUT, kernel_size=3))
 

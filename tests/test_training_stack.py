@@ -90,6 +90,7 @@ def op_calls():
         "embedding_gram": lambda: gf.ops.embedding_gram(*looked_up, num_embeddings=7),
         "embedding_moments": lambda: gf.ops.embedding_moments(*looked_up, num_embeddings=7, padding_idx=2),
         "norm_grads": lambda: gf.ops.norm_grads(act, act, groups=3),
+        "sign_product": lambda: gf.ops.sign_product(points, 5, (1, 2), 0.5),
         "assign": lambda: gf.ops.assign(points[:, :3], points[:3, 0].abs(), points[:, 0].abs()),
         "assign_points": lambda: gf.ops.assign_points(points, points[:3]),
         "cluster_sums": lambda: gf.ops.cluster_sums(points, labels, 3),

@@ -1,4 +1,4 @@
-// Random matrices with entries ±scale on CUDA devices: the bits of gradclust_fast/sketching.py:sign_matrix.
+// Random matrices with entries ±scale on CUDA devices: the bits of gradclust_fast/reference/sign_product.py:sign_matrix.
 //
 // v1  A thread makes the 128 bits of one Philox counter; a warp then writes one lane's 128 entries after the other with
 //     16-byte stores side by side, so the generator's cost (about 100 instructions for 128 entries) hides behind the

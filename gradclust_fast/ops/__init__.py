@@ -23,6 +23,7 @@ from .grad_sketch import grad_sketch
 from .grad_sqnorm import grad_sqnorm
 from .grad_weight_sqnorm import grad_weight_sqnorm
 from .norm_grads import norm_grads
+from .sign_product import sign_product
 
 __all__ = [
     "assign",
@@ -48,4 +49,5 @@ __all__ = [
     "grad_sqnorm",
     "grad_weight_sqnorm",
     "norm_grads",
+    "sign_product",
 ]

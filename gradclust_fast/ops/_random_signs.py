@@ -1,4 +1,4 @@
-"""Random ±scale matrices made by the CUDA kernel, bit for bit those of ``sketching.sign_matrix``."""
+"""Random ±scale matrices made by the CUDA kernel, bit for bit those of ``reference.sign_product.sign_matrix``."""
 
 from __future__ import annotations
 

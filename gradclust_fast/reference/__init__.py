@@ -23,3 +23,4 @@ from . import grad_sketch as grad_sketch
 from . import grad_sqnorm as grad_sqnorm
 from . import grad_weight_sqnorm as grad_weight_sqnorm
 from . import norm_grads as norm_grads
+from . import sign_product as sign_product

@@ -1,0 +1,123 @@
+// scale · vectors Sᵀ with a random matrix of signs that is never stored.
+//
+// v1  A task takes up to 128 rows and some panels of outputs. For 256 columns at a time it makes a panel's entries ±scale in
+//     the L1 cache (Philox and the spreading of its bits over lanes: under one instruction an entry, lanes = outputs) and
+//     multiplies all of its rows with them; the rows' piece of 256 columns stays in the L2 cache meanwhile. An output is
+//     one chain of multiply-adds over its columns, in order: the same bits on any number of threads and in any batch.
+#include "gemm.h"
+#include "sign_product.h"
+
+namespace gradclust::GRADCLUST_ISA {
+namespace {
+
+constexpr int64_t ROWS = 128;    // of a task: the entries of a panel serve so many products
+constexpr int64_t OUTPUTS = 288;  // most outputs of a task, so that its sums stay in the L2 cache
+constexpr int64_t WORDS = DEPTH / 32;
+
+template <typename acc> struct Bits;
+template <> struct Bits<float> { using type = uint32_t; };
+template <> struct Bits<double> { using type = uint64_t; };
+
+// words[4 · NR] of Philox4x32-10 (Salmon et al. 2011) at counters (block, row + i, 0, 0): word w of row i at w · NR + i.
+template <typename acc>
+__attribute__((noinline)) void philox_words(typename Bits<acc>::type* words, uint32_t block, uint32_t row, uint32_t key0,
+                                            uint32_t key1) {
+  constexpr int N = int(NR<acc>);
+  uint32_t c0[N], c1[N], c2[N], c3[N];
+  for (int i = 0; i < N; ++i) c0[i] = block, c1[i] = row + uint32_t(i), c2[i] = c3[i] = 0;
+  for (int turn = 0; turn < 10; ++turn) {
+    for (int i = 0; i < N; ++i) {
+      uint64_t even = uint64_t(0xD2511F53u) * c0[i], odd = uint64_t(0xCD9E8D57u) * c2[i];
+      c0[i] = uint32_t(odd >> 32) ^ c1[i] ^ key0, c1[i] = uint32_t(odd);
+      c2[i] = uint32_t(even >> 32) ^ c3[i] ^ key1, c3[i] = uint32_t(even);
+    }
+    key0 += 0x9E3779B9u, key1 += 0xBB67AE85u;
+  }
+  for (int i = 0; i < N; ++i)
+    words[i] = c0[i], words[N + i] = c1[i], words[2 * N + i] = c2[i], words[3 * N + i] = c3[i];
+}
+
+// panel[k * width + i] = ±scale for `depth` columns and `width` outputs.
+template <typename acc, int V>
+__attribute__((noinline)) void spread(acc* panel, const typename Bits<acc>::type* words, int64_t depth, acc scale) {
+  using bits_t = typename Bits<acc>::type;
+  typedef bits_t bits_v __attribute__((vector_size(GRADCLUST_VECTOR_BYTES)));
+  typedef bits_t loose __attribute__((vector_size(GRADCLUST_VECTOR_BYTES), aligned(4), may_alias));
+  constexpr int L = LANES<acc>, TOP = 8 * int(sizeof(acc)) - 1;
+  const bits_t sign = bits_t(1) << TOP;
+  bits_t positive;
+  memcpy(&positive, &scale, sizeof scale);
+  for (int64_t k = 0; k < depth; k += 32, words += NR<acc>) {
+    bits_v word[V];
+    for (int v = 0; v < V; ++v) word[v] = *reinterpret_cast<const loose*>(words + v * L);
+    int n = int(min_of(32, depth - k));
+    for (int j = 0; j < n; ++j, panel += V * L)
+      for (int v = 0; v < V; ++v)
+        *reinterpret_cast<loose*>(panel + v * L) = ((word[v] << (TOP - j)) & sign) ^ positive;
+  }
+}
+
+template <typename acc>
+void make_panel(acc* panel, const SignFactors& f, int64_t output, int64_t width, int64_t column, int64_t depth) {
+  typename Bits<acc>::type words[WORDS * NR<acc>];
+  for (int64_t k = 0; k < depth; k += 128)
+    philox_words<acc>(words + k / 32 * NR<acc>, uint32_t((column + k) / 128), uint32_t(output), f.key0, f.key1);
+  constexpr int64_t L = LANES<acc>;
+  if (NV >= 3 && width == 3 * L)
+    spread<acc, NV>(panel, words, depth, acc(f.scale));
+  else if (width == 2 * L)
+    spread<acc, 2>(panel, words, depth, acc(f.scale));
+  else
+    spread<acc, 1>(panel, words, depth, acc(f.scale));
+}
+
+template <typename in_t>
+void multiply_block(const SignFactors& f, int64_t row, int64_t rows, int64_t output, int64_t outputs, acc_t<in_t>* out) {
+  using acc = acc_t<in_t>;
+  constexpr int64_t M = MR<acc>;
+  static thread_local Scratch scratch;
+  const Panels<acc> panels{outputs};
+  const int64_t padded = panels.padded(), padded_rows = round_up(rows, M);
+  acc* panel = scratch.get<acc>(DEPTH * NR<acc> + padded_rows * (DEPTH + padded));
+  acc *x = panel + DEPTH * NR<acc>, *sums = x + padded_rows * DEPTH;  // [rows, DEPTH], [rows, padded]
+  const in_t* vectors = static_cast<const in_t*>(f.vectors) + row * f.stride;
+  int64_t k = 0;
+  do {  // also for D = 0, which writes zeros
+    const int64_t depth = min_of(DEPTH, f.D - k);
+    for (int64_t i = 0; i < rows; ++i) convert(vectors + i * f.stride + k, x + i * DEPTH, depth);
+    for (int64_t j = 0; j < outputs; j += NR<acc>) {
+      const int64_t width = panels.width(j);
+      make_panel(panel, f, output + j, width, k, depth);
+      for (int64_t i = 0; i < rows; i += M) {
+        RowPointers<acc> a;
+        for (int64_t m = 0; m < M; ++m) a.p[m] = x + min_of(i + m, rows - 1) * DEPTH;
+        tile_product<acc>(width, depth, a, panel, width, sums + i * padded + j, padded, k > 0);
+      }
+    }
+    k += DEPTH;
+  } while (k < f.D);
+  for (int64_t i = 0; i < rows; ++i) memcpy(out + (row + i) * f.R + output, sums + i * padded, outputs * sizeof(acc));
+}
+
+}  // namespace
+
+void sign_product_cpu(const SignFactors& f, void* out, int threads) {
+  dispatch(f.dtype, [&](auto zero) {
+    using in_t = decltype(zero);
+    using acc = acc_t<in_t>;
+    const int64_t row_blocks = (f.B + ROWS - 1) / ROWS, panels = (f.R + NR<acc> - 1) / NR<acc>;
+    const int64_t rows = row_blocks ? round_up((f.B + row_blocks - 1) / row_blocks, MR<acc>) : 0;
+    int64_t most = OUTPUTS / NR<acc>;
+    // More threads than blocks of rows: each takes fewer outputs. What is computed does not depend on it.
+    if (threads > 1) most = max_of(1, min_of(most, row_blocks * panels / (2 * threads)));
+    const int64_t groups = (panels + most - 1) / most, each = (panels + groups - 1) / groups * NR<acc>;
+#pragma omp parallel for schedule(dynamic) num_threads(threads)
+    for (int64_t task = 0; task < row_blocks * groups; ++task) {
+      const int64_t row = task / groups * rows, output = task % groups * each;
+      if (row < f.B && output < f.R)
+        multiply_block<in_t>(f, row, min_of(rows, f.B - row), output, min_of(each, f.R - output), static_cast<acc*>(out));
+    }
+  });
+}
+
+}  // namespace gradclust::GRADCLUST_ISA
