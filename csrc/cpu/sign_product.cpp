@@ -84,13 +84,18 @@ void multiply_block(const SignFactors& f, int64_t row, int64_t rows, int64_t out
   int64_t k = 0;
   do {  // also for D = 0, which writes zeros
     const int64_t depth = min_of(DEPTH, f.D - k);
-    for (int64_t i = 0; i < rows; ++i) convert(vectors + i * f.stride + k, x + i * DEPTH, depth);
+    const acc* first = as_accumulator(vectors + k);  // null for half types, which are converted once for all panels
+    const int64_t stride = first ? f.stride : DEPTH;
+    if (!first) {
+      for (int64_t i = 0; i < rows; ++i) convert(vectors + i * f.stride + k, x + i * DEPTH, depth);
+      first = x;
+    }
     for (int64_t j = 0; j < outputs; j += NR<acc>) {
       const int64_t width = panels.width(j);
       make_panel(panel, f, output + j, width, k, depth);
       for (int64_t i = 0; i < rows; i += M) {
         RowPointers<acc> a;
-        for (int64_t m = 0; m < M; ++m) a.p[m] = x + min_of(i + m, rows - 1) * DEPTH;
+        for (int64_t m = 0; m < M; ++m) a.p[m] = first + min_of(i + m, rows - 1) * stride;
         tile_product<acc>(width, depth, a, panel, width, sums + i * padded + j, padded, k > 0);
       }
     }
@@ -105,10 +110,12 @@ void sign_product_cpu(const SignFactors& f, void* out, int threads) {
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
     using acc = acc_t<in_t>;
-    const int64_t row_blocks = (f.B + ROWS - 1) / ROWS, panels = (f.R + NR<acc> - 1) / NR<acc>;
+    const int64_t panels = (f.R + NR<acc> - 1) / NR<acc>;
+    int64_t row_blocks = (f.B + ROWS - 1) / ROWS;
+    if (threads > 1) row_blocks = max_of(row_blocks, min_of(threads, f.B / (ROWS / 4)));
     const int64_t rows = row_blocks ? round_up((f.B + row_blocks - 1) / row_blocks, MR<acc>) : 0;
     int64_t most = OUTPUTS / NR<acc>;
-    // More threads than blocks of rows: each takes fewer outputs. What is computed does not depend on it.
+    // Work for every thread: fewer rows, then fewer outputs a task. What is computed does not depend on it.
     if (threads > 1) most = max_of(1, min_of(most, row_blocks * panels / (2 * threads)));
     const int64_t groups = (panels + most - 1) / most, each = (panels + groups - 1) / groups * NR<acc>;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
