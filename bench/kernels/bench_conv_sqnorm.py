@@ -43,7 +43,7 @@ GPU_LAYERS = (
 
 
 def by_cp_async(layer: Layer, module: Any) -> dict[str, Callable[[], Any]]:
-    if not on_gpu() or layer.groups > 1 or layer.dtype.itemsize != 2:
+    if not on_gpu() or layer.groups > 1 or layer.C % 8 or layer.dtype.itemsize != 2:
         return {}
     args = prepare(layer.act, layer.grad, **layer.geometry)
     return {"ours by cp.async": lambda: module.by_cuda_route("tiles_cp_async", *args)}

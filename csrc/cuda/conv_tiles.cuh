@@ -32,9 +32,9 @@ template <typename in_t> __device__ int column_offset(const ConvTiles& p, const 
   return p.x.start_of(tap * p.tap_step, (octet - tap * t.octets) * int(sizeof(in_t)) / 2);
 }
 
-// sums += gradᵀ · patches over one chunk; 16 · BLOCKS output channels. 16-bit factors.
-template <typename in_t, int BLOCKS>
-__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const unsigned char* stage, int pairs,
+// The product below for a warp of `pairs` pairs.
+template <typename in_t, int BLOCKS, int pairs>
+__device__ __forceinline__ void multiply_pairs(const ConvTiles& p, const Chunk& c, const unsigned char* stage,
                                                const int (&offset)[PAIRS], TensorSums<BLOCKS>& sums) {
   const unsigned char* x = stage + p.x_bytes;
   int lane = threadIdx.x % 32, positions = c.rows * c.width;
@@ -47,8 +47,7 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
 #pragma unroll
     for (int m = 0; m < BLOCKS; ++m) load_transposed(a[m], stage + k0 * p.d.bytes + row[m]);
 #pragma unroll
-    for (int s = 0; s < PAIRS; ++s) {
-      if (s >= pairs) break;
+    for (int s = 0; s < pairs; ++s) {
       unsigned b[4];
       load_transposed(b, x + p.x.swizzled(pixel + offset[s]));
 #pragma unroll
@@ -58,6 +57,16 @@ __device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& 
       }
     }
   }
+}
+
+// sums += gradᵀ · patches over one chunk; 16 · BLOCKS output channels. 16-bit factors.
+template <typename in_t, int BLOCKS>
+__device__ __forceinline__ void multiply_chunk(const ConvTiles& p, const Chunk& c, const unsigned char* stage, int pairs,
+                                               const int (&offset)[PAIRS], TensorSums<BLOCKS>& sums) {
+  static_assert(PAIRS == 3, "");  // a loop for each number: a branch inside would keep loads behind products
+  if (pairs == 3) multiply_pairs<in_t, BLOCKS, 3>(p, c, stage, offset, sums);
+  if (pairs == 2) multiply_pairs<in_t, BLOCKS, 2>(p, c, stage, offset, sums);
+  if (pairs == 1) multiply_pairs<in_t, BLOCKS, 1>(p, c, stage, offset, sums);
 }
 
 // The same for float32 factors rounded to tf32.
