@@ -70,6 +70,15 @@ const char* isa_name() {
   return names[int(isa())];
 }
 
+// Whether pairs of bf16 are multiplied in one instruction.
+bool bf16_dots() {
+#if defined(GRADCLUST_HAVE_AVX2) && defined(GRADCLUST_ASSEMBLES_BF16)
+  return isa() == Isa::avx512 && __builtin_cpu_supports("avx512bf16");
+#else
+  return false;
+#endif
+}
+
 #if defined(GRADCLUST_HAVE_AVX2)
 #define PICK(launcher) \
   (isa() == Isa::avx512 ? &avx512::launcher : isa() == Isa::avx2 ? &avx2::launcher : &baseline::launcher)
@@ -80,8 +89,8 @@ const char* isa_name() {
 using nogil = py::call_guard<py::gil_scoped_release>;
 
 void bind_linear(py::module_& m) {
-  m.def("grad_sqnorm_cpu", [](const LinearTuple& f, bool gram, uintptr_t out, int threads) {
-    PICK(grad_sqnorm_cpu)(linear(f), gram, pointer(out), threads);
+  m.def("grad_sqnorm_cpu", [](const LinearTuple& f, int route, uintptr_t out, int threads) {
+    PICK(grad_sqnorm_cpu)(linear(f), SequenceRoute(route), pointer(out), threads);
   }, nogil());
   m.def("grad_gram_cpu", [](const LinearTuple& f, uintptr_t out, int threads) {
     PICK(grad_gram_cpu)(linear(f), pointer(out), threads);
@@ -92,10 +101,10 @@ void bind_linear(py::module_& m) {
   m.def("grad_weight_sqnorm_cpu", [](const LinearTuple& f, uintptr_t weight_grad, uintptr_t sqnorm, int threads) {
     PICK(grad_weight_sqnorm_cpu)(linear(f), pointer(weight_grad), pointer(sqnorm), threads);
   }, nogil());
-  // questions: (sqnorm, gram, sketch, left, right, P, Q, dot, center_grad, center_act, K, rank)
+  // questions: (sqnorm, route, sketch, left, right, P, Q, dot, center_grad, center_act, K, rank)
   m.def("grad_quantities_cpu", [](const LinearTuple& f, const std::array<int64_t, 12>& q, int threads) {
     auto at = [&](int i) { return pointer(uintptr_t(q[size_t(i)])); };
-    Questions questions{at(0), q[1] != 0, at(2), at(3), at(4), q[5], q[6], at(7), at(8), at(9), q[10], q[11]};
+    Questions questions{at(0), SequenceRoute(q[1]), at(2), at(3), at(4), q[5], q[6], at(7), at(8), at(9), q[10], q[11]};
     PICK(grad_quantities_cpu)(linear(f), questions, threads);
   }, nogil());
 }
@@ -193,6 +202,7 @@ void bind_signs(py::module_& m) {
 PYBIND11_MODULE(_C, m) {
   m.doc() = "gradclust_fast native kernels (torch-free)";
   m.attr("isa") = isa_name();
+  m.attr("bf16_dots") = bf16_dots();
   m.attr("stamp") = stamp;
   m.attr("compiler") = GRADCLUST_COMPILER;
 #if defined(_OPENMP)

@@ -1,6 +1,7 @@
 // Squared norm, sketch and inner products of a linear layer's per-example gradients in one read of the factors.
 // grad_sketch and grad_dot are the same kernel asked for one thing. The kernel is in cpu/grad_quantities.cpp.
 #pragma once
+#include "grad_sqnorm.h"
 #include "launch.h"
 #include "types.h"
 
@@ -10,7 +11,7 @@ namespace gradclust {
 // type. I' = I, or I + 1 with a bias.
 struct Questions {
   void* sqnorm;             // [B]
-  bool gram;                // for T > 1: the Gram sum rather than the direct product
+  SequenceRoute route;      // of the norms, for T > 1
   void* sketch;             // [B, P, Q]
   const void* left;         // [O, P]; null is the identity, P = O
   const void* right;        // [I', Q]; null is the identity, Q = I'

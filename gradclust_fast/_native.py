@@ -85,6 +85,11 @@ def cpu_unavailable() -> str | None:
     return unavailable
 
 
+def bf16_dots() -> bool:
+    """Whether the C++ kernels multiply pairs of bf16 in one instruction (AVX-512 BF16)."""
+    return _C is not None and _C.bf16_dots
+
+
 def cuda_unavailable() -> str | None:
     """Why CUDA kernels cannot run here, or None."""
     if _C is None:
@@ -122,7 +127,9 @@ def build_info() -> BuildInfo:
     if _C is None:
         info["C++ kernels"] = f"unavailable: {unavailable}"
     else:
-        info["C++ kernels"] = f"{_C.isa}, {_C.compiler}, OpenMP {'on' if _C.openmp else 'off'}"
+        info["C++ kernels"] = (
+            f"{_C.isa}{' with bf16 dot products' * _C.bf16_dots}, {_C.compiler}, OpenMP {'on' if _C.openmp else 'off'}"
+        )
     reason = cuda_unavailable()
     if _C is not None and _C.cuda:
         built = f"built for {_C.cuda_archs} ({_C.cuda_reason})"

@@ -53,6 +53,18 @@ def test_linear_norms_and_products_where_sums_cancel(backend, T, I, O, spread, w
             assert error.max() < 1e-4
 
 
+@pytest.mark.parametrize("which", [0, 1])
+@pytest.mark.parametrize("T, I, O", [(4, 64, 64), (32, 256, 128), (128, 256, 256), (300, 400, 300)])
+def test_linear_norms_from_no_offset_to_a_large_one(backend, T, I, O, which):
+    """Somewhere on the way plain sums lose too many digits and centred ones take over."""
+    sizes, halves = (I, O) if which == 0 else (O, I), torch.ones(T, 1)
+    halves[T // 2 :] = -1
+    for offset in (0.0, 1.0, 3.0, 10.0, 30.0):
+        near, away = torch.randn(2, T, sizes[0]) + offset, 0.7 * halves.expand(2, T, sizes[1])
+        act, grad = (near, away) if which == 0 else (away, near)
+        close(gf.ops.grad_sqnorm(act, grad), (grad.double().mT @ act.double()).square().sum((1, 2)), rtol=5e-5)
+
+
 @pytest.mark.parametrize("offset", [300.0, 1e4])
 @pytest.mark.parametrize("T, I, O", [(64, 64, 64), (2048, 16, 16)])
 def test_linear_norms_with_a_large_common_offset(backend, T, I, O, offset):

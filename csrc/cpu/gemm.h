@@ -11,7 +11,9 @@
 //  3. `tile_product<acc>(width, depth, a, b, b_stride, c, c_stride, accumulate)` computes MR × width entries of C,
 //     c[i * c_stride + j] (+)= Σ_k a(i, k) · b[k * b_stride + j], and stores whole tiles: give it padded scratch. Cut a
 //     long depth into blocks of DEPTH and accumulate, so that a block of B stays in the L1 cache.
-// Half types become float32 when packed or converted. Scratch memory is one growing buffer per thread (`Scratch`).
+// Half types become float32 when packed or converted; bf16 may instead stay as it is, two neighbours of a row in one
+// element (`bf16_pair`), which processors with AVX-512 BF16 multiply in one instruction. Scratch memory is one growing
+// buffer per thread (`Scratch`).
 //
 // v1  MR × 3 vectors (8 × 48 AVX-512, 4 × 24 AVX2 in float32): twelve or more accumulators hide the FMA latency, and MR
 //     divides the panel width, so Gram matrices pack once.
@@ -192,7 +194,58 @@ void pack_rows(acc_t<in_t>* dst, int64_t width, const in_t* src, int64_t stride,
   }
 }
 
+// The same for bf16 left as it is: element k of a packed row holds numbers 2k and 2k + 1; an odd depth ends with a zero.
+inline void pack_rows(bf16_pair* dst, int64_t width, const bf16_t* src, int64_t stride, int64_t depth, int64_t rows) {
+  float* to = reinterpret_cast<float*>(dst);  // only moved
+  const int64_t pairs = depth / 2;
+  constexpr int64_t CHUNK = 256;
+  float buffer[4 * CHUNK];
+  if (rows < width) memset(static_cast<void*>(dst), 0, size_t((pairs + depth % 2) * width) * sizeof(bf16_pair));
+  for (int64_t k = 0; k < pairs; k += CHUNK) {
+    const int64_t n = min_of(CHUNK, pairs - k);
+    for (int64_t j = 0; j < rows; j += 4) {
+      const int64_t four = min_of(4, rows - j);
+      for (int64_t i = 0; i < four; ++i)
+        memcpy(buffer + i * CHUNK, src + (j + i) * stride + 2 * k, size_t(n) * sizeof(bf16_pair));
+      pack_four_rows<float>(to + k * width + j, width, buffer, CHUNK, n, four, nullptr);
+    }
+  }
+  if (depth % 2)
+    for (int64_t j = 0; j < rows; ++j) dst[pairs * width + j].bits = src[j * stride + depth - 1].bits;
+}
+
 // --- the product
+
+// How a tile multiplies an element of A with a vector of B, in STEPS passes over the tile.
+struct ByFma {
+  static constexpr int STEPS = 1;
+  template <typename V> GRADCLUST_INLINE_MEMBER V column(V b, int) { return b; }
+  template <typename T> GRADCLUST_INLINE_MEMBER T row(T a, int) { return a; }
+  template <typename V, typename T> GRADCLUST_INLINE_MEMBER void add(V& sum, V b, T a) { sum += b * a; }
+};
+// Pairs without an instruction for them: all low halves, then all high halves.
+struct ByHalves {
+  static constexpr int STEPS = 2;
+  GRADCLUST_INLINE_MEMBER vec_t<float> column(vec_t<bf16_pair> b, int half) {
+    return (vec_t<float>)(half ? b & 0xffff0000u : b << 16);
+  }
+  GRADCLUST_INLINE_MEMBER vec_t<float> row(bf16_pair a, int half) { return column(vec_t<bf16_pair>{} + a.bits, half); }
+  GRADCLUST_INLINE_MEMBER void add(vec_t<float>& sum, vec_t<float> b, vec_t<float> a) { sum += b * a; }
+};
+#if defined(GRADCLUST_ASSEMBLES_BF16) && defined(__AVX512F__)
+struct ByDots {
+  static constexpr int STEPS = 1;
+  GRADCLUST_INLINE_MEMBER vec_t<bf16_pair> column(vec_t<bf16_pair> b, int) { return b; }
+  GRADCLUST_INLINE_MEMBER vec_t<bf16_pair> row(bf16_pair a, int) { return vec_t<bf16_pair>{} + a.bits; }
+  GRADCLUST_INLINE_MEMBER void add(vec_t<float>& sum, vec_t<bf16_pair> b, vec_t<bf16_pair> a) {
+    asm("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(b), "v"(a));  // the rest of this file needs no AVX-512 BF16
+  }
+};
+inline bool bf16_dots() { return __builtin_cpu_supports("avx512bf16"); }
+#else
+using ByDots = ByHalves;
+constexpr bool bf16_dots() { return false; }
+#endif
 
 // MR neighbouring rows inside a packed panel: p = panel + first row, stride = the panel's width.
 template <typename acc> struct PackedRows {
@@ -207,54 +260,69 @@ template <typename acc> struct RowPointers {
   __attribute__((always_inline)) acc operator()(int i, int64_t k) const { return p[i][k]; }
 };
 
-template <typename acc, int V, int M, typename A>
-__attribute__((noinline)) void tile_product_kernel(int64_t depth, A a, const acc* b, int64_t b_stride, acc* c,
+template <typename How, int V, int M, typename T, typename A>
+__attribute__((noinline)) void tile_product_kernel(int64_t depth, A a, const T* b, int64_t b_stride, acc_t<T>* c,
                                                    int64_t c_stride, bool accumulate) {
+  using acc = acc_t<T>;
   constexpr int L = LANES<acc>;
   vec_t<acc> sum[M][V];
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) sum[i][v] = accumulate ? load_vec(c + i * c_stride + v * L) : vec_t<acc>{};
-  for (int64_t k = 0; k < depth; ++k) {
-    vec_t<acc> column[V];
+  for (int64_t k = 0; k < depth; ++k)
+#pragma GCC unroll 2
+    for (int step = 0; step < How::STEPS; ++step) {
+      decltype(How::column(vec_t<T>{}, step)) column[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) column[v] = load_vec(b + k * b_stride + v * L);
+      for (int v = 0; v < V; ++v) column[v] = How::column(load_vec(b + k * b_stride + v * L), step);
 #pragma GCC unroll 16
-    for (int i = 0; i < M; ++i) {
-      acc x = a(i, k);
+      for (int i = 0; i < M; ++i) {
+        auto x = How::row(a(i, k), step);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sum[i][v] += column[v] * x;
+        for (int v = 0; v < V; ++v) How::add(sum[i][v], column[v], x);
+      }
     }
-  }
 #pragma GCC unroll 16
   for (int i = 0; i < M; ++i)
 #pragma GCC unroll 16
     for (int v = 0; v < V; ++v) store_vec(c + i * c_stride + v * L, sum[i][v]);
 }
 
+// The kernel for this element type and this processor.
+template <int V, int M, typename T, typename A>
+GRADCLUST_INLINE void tile_product_of(int64_t depth, const A& a, const T* b, int64_t b_stride, acc_t<T>* c,
+                                      int64_t c_stride, bool accumulate) {
+  if constexpr (Same<T, bf16_pair>) {
+    if (bf16_dots()) return tile_product_kernel<ByDots, V, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+    tile_product_kernel<ByHalves, V, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+  } else {
+    tile_product_kernel<ByFma, V, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+  }
+}
+
 // c[i, j] (+)= Σ_k a(i, k) b[k, j] for MR rows and `width` columns, a multiple of LANES and at most NR.
-template <typename acc, typename A>
-GRADCLUST_INLINE void tile_product(int64_t width, int64_t depth, const A& a, const acc* b, int64_t b_stride, acc* c,
+template <typename T, typename A>
+GRADCLUST_INLINE void tile_product(int64_t width, int64_t depth, const A& a, const T* b, int64_t b_stride, acc_t<T>* c,
                                    int64_t c_stride, bool accumulate) {
-  constexpr int L = LANES<acc>, M = MR<acc>;
+  constexpr int L = LANES<T>, M = MR<T>;
   if (NV >= 3 && width == 3 * L)
-    tile_product_kernel<acc, NV, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+    tile_product_of<NV, M>(depth, a, b, b_stride, c, c_stride, accumulate);
   else if (width == 2 * L)
-    tile_product_kernel<acc, 2, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+    tile_product_of<2, M>(depth, a, b, b_stride, c, c_stride, accumulate);
   else
-    tile_product_kernel<acc, 1, M>(depth, a, b, b_stride, c, c_stride, accumulate);
+    tile_product_of<1, M>(depth, a, b, b_stride, c, c_stride, accumulate);
 }
 
 // A packed matrix [columns, depth]: panels one after the other, as `pack_rows` and `pack_columns` write them.
-template <typename acc> struct Packed {
-  const acc* data;
+template <typename T> struct Packed {
+  const T* data;
   int64_t columns, depth;
-  int64_t padded() const { return round_up(columns, LANES<acc>); }
-  int64_t width(int64_t begin) const { return Panels<acc>{columns}.width(begin); }
+  int64_t padded() const { return round_up(columns, LANES<T>); }
+  int64_t width(int64_t begin) const { return Panels<T>{columns}.width(begin); }
   // MR rows of the transposed matrix from depth k0 on; row is a multiple of MR.
-  PackedRows<acc> rows(int64_t row, int64_t k0) const {
-    int64_t begin = row / NR<acc> * NR<acc>, stride = width(begin);
+  PackedRows<T> rows(int64_t row, int64_t k0) const {
+    int64_t begin = row / NR<T> * NR<T>, stride = width(begin);
     return {data + begin * depth + k0 * stride + (row - begin), stride};
   }
 };
@@ -267,6 +335,14 @@ Packed<acc_t<in_t>> pack_all_rows(acc_t<in_t>* dst, const in_t* src, int64_t str
   for (int64_t j = 0; j < rows; j += NR<acc_t<in_t>>) {
     int64_t width = packed.width(j);
     pack_rows(dst + j * depth, width, src + j * stride, stride, depth, min_of(width, rows - j), shift);
+  }
+  return packed;
+}
+inline Packed<bf16_pair> pack_all_rows(bf16_pair* dst, const bf16_t* src, int64_t stride, int64_t depth, int64_t rows) {
+  Packed<bf16_pair> packed{dst, rows, (depth + 1) / 2};
+  for (int64_t j = 0; j < rows; j += NR<bf16_pair>) {
+    int64_t width = packed.width(j);
+    pack_rows(dst + j * packed.depth, width, src + j * stride, stride, depth, min_of(width, rows - j));
   }
   return packed;
 }
@@ -285,24 +361,24 @@ Packed<acc_t<in_t>> pack_all_columns(acc_t<in_t>* dst, const in_t* src, int64_t 
 // their common depth. row_begin is a multiple of MR; row_end is rounded up to one, so c must have room. With LOWER, for
 // the triangle of a product of a matrix with itself from the diagonal down (row_begin = begin), entries right of the
 // diagonal may be left unwritten. With accumulate, the product is added to c.
-template <bool LOWER = false, typename acc>
-void strip_product(const Packed<acc>& a, int64_t row_begin, int64_t row_end, const Packed<acc>& b, int64_t begin,
-                   acc* c, bool accumulate = false) {
+template <bool LOWER = false, typename T>
+void strip_product(const Packed<T>& a, int64_t row_begin, int64_t row_end, const Packed<T>& b, int64_t begin,
+                   acc_t<T>* c, bool accumulate = false) {
   int64_t width = b.width(begin), k0 = 0;
   do {
     int64_t n = min_of(DEPTH, b.depth - k0);
-    const acc* panel = b.data + begin * b.depth + k0 * width;
-    constexpr int64_t M = MR<acc>, L = LANES<acc>;
+    const T* panel = b.data + begin * b.depth + k0 * width;
+    constexpr int64_t M = MR<T>, L = LANES<T>;
     for (int64_t row = row_begin; row < row_end; row += M) {
       auto reach = [&](int64_t rows) { return LOWER ? min_of(width, round_up(row - row_begin + rows, L)) : width; };
-      acc* to = c + (row - row_begin) * width;
-      const int64_t begins = row / NR<acc> * NR<acc>;  // the panel that the rows are in
+      acc_t<T>* to = c + (row - row_begin) * width;
+      const int64_t begins = row / NR<T> * NR<T>;  // the panel that the rows are in
       if (M == 4 && reach(8) == L && row + 8 <= row_end && row + 8 <= begins + a.width(begins)) {
         // One vector a row: four rows would wait for their additions.
-        tile_product_kernel<acc, 1, 8>(n, a.rows(row, k0), panel, width, to, width, accumulate || k0 > 0);
+        tile_product_of<1, 8>(n, a.rows(row, k0), panel, width, to, width, accumulate || k0 > 0);
         row += M;
       } else {
-        tile_product<acc>(reach(M), n, a.rows(row, k0), panel, width, to, width, accumulate || k0 > 0);
+        tile_product<T>(reach(M), n, a.rows(row, k0), panel, width, to, width, accumulate || k0 > 0);
       }
     }
     k0 += DEPTH;

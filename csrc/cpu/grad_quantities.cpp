@@ -71,7 +71,7 @@ template <typename in_t> void grad_quantities_kernel(const LinearFactors& f, con
       if (q.sqnorm && T > 1)
         for (int64_t b = b0; b < b_end; ++b) {
           static_cast<acc*>(q.sqnorm)[b] =
-              sqnorm_sequence(q.gram, static_cast<const in_t*>(f.act) + b * f.act_stride_b, f.act_stride_t,
+              sqnorm_sequence(q.route, static_cast<const in_t*>(f.act) + b * f.act_stride_b, f.act_stride_t,
                               static_cast<const in_t*>(f.grad) + b * f.grad_stride_b, f.grad_stride_t, T, f.I, f.O,
                               f.bias, example_scratch);
         }

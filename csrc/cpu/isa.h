@@ -27,6 +27,7 @@
 #endif
 
 #define GRADCLUST_INLINE static inline __attribute__((always_inline))
+#define GRADCLUST_INLINE_MEMBER __attribute__((always_inline)) static
 
 namespace gradclust::GRADCLUST_ISA {
 namespace {
@@ -35,6 +36,7 @@ GRADCLUST_INLINE int64_t round_up(int64_t n, int64_t step) { return (n + step - 
 
 struct bf16_t { uint16_t bits; };
 struct f16_t { uint16_t bits; };
+struct __attribute__((may_alias)) bf16_pair { uint32_t bits; };  // two neighbours of a row, the first one low
 
 GRADCLUST_INLINE float to_f32(float x) { return x; }
 GRADCLUST_INLINE float to_f32(bf16_t x) {
@@ -64,6 +66,9 @@ GRADCLUST_INLINE float to_f32(f16_t x) {
 #endif
 }
 
+template <typename A, typename B> constexpr bool Same = false;
+template <typename A> constexpr bool Same<A, A> = true;
+
 // Accumulator type of an input type: float64 accumulates in float64, everything else in float32.
 template <typename in_t> struct Accumulator { using type = float; };
 template <> struct Accumulator<double> { using type = double; };
@@ -81,6 +86,10 @@ template <> struct Vector<float> {
 template <> struct Vector<double> {
   typedef double type __attribute__((vector_size(GRADCLUST_VECTOR_BYTES)));
   typedef double loose __attribute__((vector_size(GRADCLUST_VECTOR_BYTES), aligned(8), may_alias));
+};
+template <> struct Vector<bf16_pair> {
+  typedef uint32_t type __attribute__((vector_size(GRADCLUST_VECTOR_BYTES)));
+  typedef uint32_t loose __attribute__((vector_size(GRADCLUST_VECTOR_BYTES), aligned(4), may_alias));
 };
 template <typename T> using vec_t = typename Vector<T>::type;
 template <typename T> constexpr int LANES = GRADCLUST_VECTOR_BYTES / int(sizeof(T));

@@ -1,6 +1,7 @@
 // ‖G_b‖² of one example of a linear layer: shared by grad_sqnorm.cpp and grad_quantities.cpp.
 #pragma once
 #include "gemm.h"
+#include "grad_sqnorm.h"
 
 namespace gradclust::GRADCLUST_ISA {
 namespace {
@@ -110,9 +111,18 @@ template <typename acc> acc dot(const acc* x, const acc* y, int64_t n) {
   return total;
 }
 
-// With Ã = A − 1āᵀ, D̃ = D − 1d̄ᵀ and s = Σ_t D[t]: ‖G‖² = Σ ÃÃᵀ∘D̃D̃ᵀ + 2 (D̃ s)·(Ã ā) + ‖s‖²‖ā‖². The lower triangle
-// is computed, one column panel at a time; T × T never exists. `doubtful`: a Gram matrix left the range.
-template <typename in_t>
+// Without centring the Gram sum may cancel: near-constant activations against gradients of mean zero leave little more
+// than the rounding of what cancelled. `lengths` is Σ_t ‖A[t]‖‖D[t]‖, the most that ‖G‖ could be. Rounding errors of the
+// entries, independent of each other, come to about 5 · 2⁻²⁴ lengths² / √T, which must stay below 5e-5 of the sum
+// (tests/test_numerics.py).
+GRADCLUST_INLINE bool cancels(double sqnorm, double lengths, int64_t T) {
+  return !(sqnorm * __builtin_sqrt(double(T)) >= 6e-3 * lengths * lengths);
+}
+
+// Σ AAᵀ∘DDᵀ, or with Ã = A − 1āᵀ, D̃ = D − 1d̄ᵀ and s = Σ_t D[t]: Σ ÃÃᵀ∘D̃D̃ᵀ + 2 (D̃ s)·(Ã ā) + ‖s‖²‖ā‖². The lower
+// triangle is computed, one column panel at a time; T × T never exists. `doubtful`: a Gram matrix left the range, or
+// without centring the sum cancelled. Element is what a factor is packed to: the accumulator's type, or pairs of bf16.
+template <bool CENTRED, typename Element, typename in_t>
 double sqnorm_gram(const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T, int64_t I,
                    int64_t O, bool bias, Scratch& scratch, bool& doubtful) {
   using acc = acc_t<in_t>;
@@ -122,17 +132,27 @@ double sqnorm_gram(const in_t* act, int64_t act_stride, const in_t* grad, int64_
   acc *mean = memory + padded * (I + O), *total = mean + I, *act_total = total + O, *grad_mean = act_total + I;
   acc *act_strip = grad_mean + O, *grad_strip = act_strip + padded * N;
   acc *act_mean = grad_strip + padded * N, *grad_total = act_mean + N;
-  exact_sums(act, act_stride, T, I, act_total, mean);
-  exact_sums(grad, grad_stride, T, O, total, grad_mean);
-  Packed<acc> A = pack_all_rows(memory, act, act_stride, I, T, mean);
-  Packed<acc> D = pack_all_rows(memory + padded * I, grad, grad_stride, O, T, grad_mean);
-  double sqnorm = double(dot(total, total, O)) * (double(dot(mean, mean, I)) + bias);
+  if (CENTRED) exact_sums(act, act_stride, T, I, act_total, mean);
+  if (CENTRED || bias) exact_sums(grad, grad_stride, T, O, total, grad_mean);
+  auto pack = [&](acc* to, const in_t* rows, int64_t stride, int64_t F, const acc* shift) {
+    if constexpr (Same<Element, acc>)
+      return pack_all_rows(to, rows, stride, F, T, CENTRED ? shift : nullptr);
+    else
+      return pack_all_rows(reinterpret_cast<bf16_pair*>(to), rows, stride, F, T);
+  };
+  Packed<Element> A = pack(memory, act, act_stride, I, mean);
+  Packed<Element> D = pack(memory + padded * I, grad, grad_stride, O, grad_mean);
+  double sqnorm = bias ? double(dot(total, total, O)) : 0;
+  double weight_sqnorm = CENTRED ? double(dot(total, total, O)) * double(dot(mean, mean, I)) : 0, lengths = 0;
   acc longest_act = 0, longest_grad = 0;
   for (int64_t begin = 0; begin < T; begin += N) {
     int64_t width = A.width(begin);
-    panel_times_vector(A, begin, mean, act_mean);
-    panel_times_vector(D, begin, total, grad_total);
-    double cross = dot(act_mean, grad_total, min_of(width, T - begin));
+    double cross = 0;
+    if constexpr (CENTRED) {
+      panel_times_vector(A, begin, mean, act_mean);
+      panel_times_vector(D, begin, total, grad_total);
+      cross = dot(act_mean, grad_total, min_of(width, T - begin));
+    }
     strip_product<true>(A, begin, padded, A, begin, act_strip);
     strip_product<true>(D, begin, padded, D, begin, grad_strip);
     double twice = 0, once = 0;
@@ -141,17 +161,19 @@ double sqnorm_gram(const in_t* act, int64_t act_stride, const in_t* grad, int64_
       const acc *a = act_strip + i * width, *d = grad_strip + i * width;
       twice += dot(a, d, i);
       once += a[i] * d[i];
+      lengths += __builtin_sqrt(double(a[i]) * double(d[i]));
       longest_act = max_of(longest_act, a[i]);
       longest_grad = max_of(longest_grad, d[i]);
     }
     // Below the diagonal block the strips are whole; padding positions are zero.
     if (T - begin > diagonal)
       twice += dot(act_strip + diagonal * width, grad_strip + diagonal * width, (T - begin - diagonal) * width);
-    sqnorm += 2 * (twice + cross) + once;
+    weight_sqnorm += 2 * (twice + cross) + once;
   }
   doubtful = (longest_act != 0 && !in_range<acc>(longest_act)) || (longest_grad != 0 && !in_range<acc>(longest_grad));
+  if (!CENTRED) doubtful |= lengths != 0 && cancels(weight_sqnorm, lengths, T);
   static_assert(L % M == 0, "a row tile must not straddle two panels");
-  return sqnorm;
+  return sqnorm + weight_sqnorm;
 }
 
 // G = D̃ᵀÃ + s āᵀ in tiles of one column panel at a time, squared and summed; I × O never exists.
@@ -219,7 +241,7 @@ double sqnorm_scaled(bool gram, const in_t* act, int64_t act_stride, const in_t*
   scale_rows(grad, grad_stride, T, O, d_exponent, D);
   bool ignored;
   double sqnorm = T == 1 ? row_sqnorm(A, I) * row_sqnorm(D, O)
-                  : gram ? sqnorm_gram(A, I, D, O, T, I, O, false, scratch, ignored)
+                  : gram ? sqnorm_gram<true, acc>(A, I, D, O, T, I, O, false, scratch, ignored)
                          : sqnorm_direct(A, I, D, O, T, I, O, false, scratch);
   sqnorm = __builtin_ldexp(sqnorm, 2 * (a_exponent + d_exponent));
   if (!bias) return sqnorm;
@@ -228,13 +250,28 @@ double sqnorm_scaled(bool gram, const in_t* act, int64_t act_stride, const in_t*
 }
 
 template <typename in_t>
-double sqnorm_sequence(bool gram, const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride, int64_t T,
-                       int64_t I, int64_t O, bool bias, Scratch& scratch) {
+double sqnorm_sequence(SequenceRoute route, const in_t* act, int64_t act_stride, const in_t* grad, int64_t grad_stride,
+                       int64_t T, int64_t I, int64_t O, bool bias, Scratch& scratch) {
+  using acc = acc_t<in_t>;
   bool doubtful = false;
-  double sqnorm = gram ? sqnorm_gram(act, act_stride, grad, grad_stride, T, I, O, bias, scratch, doubtful)
-                       : sqnorm_direct(act, act_stride, grad, grad_stride, T, I, O, bias, scratch);
-  if (!doubtful && in_range<acc_t<in_t>>(sqnorm)) return sqnorm;
-  return sqnorm_scaled(gram, act, act_stride, grad, grad_stride, T, I, O, bias, scratch, sqnorm);
+  auto safe = [&](double sqnorm) { return !doubtful && in_range<acc>(sqnorm); };
+  double sqnorm = 0;
+  if (route == SequenceRoute::direct) {
+    sqnorm = sqnorm_direct(act, act_stride, grad, grad_stride, T, I, O, bias, scratch);
+  } else {
+    // Centring takes up to half of a short sequence's time and is seldom needed.
+    if constexpr (Same<in_t, bf16_t>) {
+      if (route == SequenceRoute::gram_of_pairs)
+        sqnorm = sqnorm_gram<false, bf16_pair>(act, act_stride, grad, grad_stride, T, I, O, bias, scratch, doubtful);
+    }
+    if (route == SequenceRoute::gram)
+      sqnorm = sqnorm_gram<false, acc>(act, act_stride, grad, grad_stride, T, I, O, bias, scratch, doubtful);
+    if (safe(sqnorm)) return sqnorm;
+    sqnorm = sqnorm_gram<true, acc>(act, act_stride, grad, grad_stride, T, I, O, bias, scratch, doubtful);
+  }
+  if (safe(sqnorm)) return sqnorm;
+  return sqnorm_scaled(route != SequenceRoute::direct, act, act_stride, grad, grad_stride, T, I, O, bias, scratch,
+                       sqnorm);
 }
 
 // One position: from ‖act‖² and ‖grad‖², again where one of them left the range.

@@ -146,7 +146,7 @@ def _cpu_route(
     T = act.shape[1:-1].numel()
     route = "a block of rows meets all projections and centres at once"
     if sqnorm and T > 1:
-        route += f"; norms: {sequence_route(T, act.shape[-1], grad.shape[-1])[1]}"
+        route += f"; norms: {sequence_route(T, act.shape[-1], grad.shape[-1], act.dtype)[1]}"
     return route
 
 

@@ -60,15 +60,15 @@ def _cpu_refuses(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str | Non
 
 def _cpu_route(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> str:
     T, I, O = act.shape[1:-1].numel(), act.shape[-1], grad.shape[-1]
-    return "rank 1: ‖act‖²‖grad‖², one read of each" if T == 1 else sequence_route(T, I, O)[1]
+    return "rank 1: ‖act‖²‖grad‖², one read of each" if T == 1 else sequence_route(T, I, O, act.dtype)[1]
 
 
 @_op.kernel("cpu", refuses=_cpu_refuses, route=_cpu_route)
 def grad_sqnorm_cpu(act: torch.Tensor, grad: torch.Tensor, bias: bool) -> torch.Tensor:
     out = _fake(act, grad, bias)
     act, grad = as_rows(act), as_rows(grad)
-    gram, _ = sequence_route(act.shape[1], act.shape[2], grad.shape[2])
-    _native._C.grad_sqnorm_cpu(_native.linear(act, grad, bias), gram, out.data_ptr(), _native.num_threads())
+    route, _ = sequence_route(act.shape[1], act.shape[2], grad.shape[2], act.dtype)
+    _native._C.grad_sqnorm_cpu(_native.linear(act, grad, bias), route, out.data_ptr(), _native.num_threads())
     return out
 
 
