@@ -196,7 +196,7 @@ def test_gram_is_symmetric_to_the_bit_and_zero_without_a_common_row(backend):
 
 @pytest.mark.parametrize("what", OPS)
 def test_same_bits_every_time_and_on_any_number_of_threads(backend, what):
-    index, grad = case(40, (33,), 25, 30)
+    index, grad = case(12 if backend == "triton" else 40, (33,), 25, 30)  # its interpreter is slow
     more = extra(what, 25, 30)
     first = run(what, index, grad, *more, num_embeddings=25)
     threads = torch.get_num_threads()

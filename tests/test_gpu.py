@@ -8,6 +8,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import os
+from functools import partial
 
 import conv_cases
 import pytest
@@ -112,6 +113,7 @@ TABLES = [  # B, positions, V, D, padding_idx, why
     pytest.param(5, (), 9, 3, -1, id="one-position"),
     pytest.param(4, (7,), 3, 33, 1, id="rows-repeat"),
     pytest.param(40, (3, 30), 5000, 130, None, id="several-tiles"),
+    pytest.param(3, (150,), 2, 20, None, id="rows-that-everybody-looks-up"),
 ]
 
 
@@ -152,13 +154,48 @@ def test_convolution_ops(what, case, bias):
 @pytest.mark.parametrize("B, positions, V, D, padding_idx", TABLES)
 @pytest.mark.parametrize("what", [what for what in EXTRA if f"embedding_{what}" in OPS])
 def test_embedding_ops(what, dtype, B, positions, V, D, padding_idx):
+    if DEVICE == "cpu":
+        B = min(B, 6)  # Triton's interpreter would take minutes
     index, grad = torch.randint(V, (B, *positions)), torch.randn(B, *positions, D).to(dtype)
-    extra = {
+    options = {"num_embeddings": V, "padding_idx": padding_idx}
+    check(f"embedding_{what}", (index, grad), {**options, **looked_up_in(what, V, D, dtype)}, dtype)
+
+
+def looked_up_in(what: str, V: int, D: int, dtype: torch.dtype) -> dict:
+    """What an op of embedding tables needs beyond index and grad."""
+    return {
         "sketch": {"left": torch.randn(V, 3).to(dtype), "right": torch.randn(D, 4).to(dtype)},
         "dot": {"center_index": torch.randn(K, V).to(dtype), "center_grad": torch.randn(K, D).to(dtype)},
     }.get(what, {})
-    options = {"num_embeddings": V, "padding_idx": padding_idx}
-    check(f"embedding_{what}", (index, grad), {**options, **extra}, dtype)
+
+
+@on_device
+@pytest.mark.parametrize("B, T", [(200, 6), (24, 300)], ids=["short", "long"])
+@pytest.mark.parametrize("what", [what for what in EXTRA if f"embedding_{what}" in OPS])
+def test_embedding_ops_repeat_their_bits_and_are_captured_in_graphs(what, B, T):
+    V, D = 40, 72
+    if DEVICE != "cuda":
+        B, T = 4, T // 6
+    index, grad = torch.randint(V, (B, T), device=DEVICE), torch.randn(B, T, D, device=DEVICE)
+    extra = {key: to(each, DEVICE) for key, each in looked_up_in(what, V, D, torch.float32).items()}
+    op = partial(getattr(gf.ops, f"embedding_{what}"), num_embeddings=V, padding_idx=1, **extra)
+    for backend in runnable(f"embedding_{what}", (index, grad), {"num_embeddings": V, "padding_idx": 1, **extra}):
+        with gf.backend(backend):
+            expected = outputs(op(index, grad))
+            for _ in range(100 if DEVICE == "cuda" and backend != "reference" else 1):
+                assert all(map(torch.equal, expected, outputs(op(index, grad)))), f"{backend}: two runs differ"
+            if DEVICE != "cuda" or backend == "reference":
+                continue
+            stream = torch.cuda.Stream()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph, stream=stream):
+                captured = outputs(op(index, grad))
+            index.copy_(index.flip(0))
+            grad.copy_(torch.randn_like(grad))
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(map(torch.equal, captured, outputs(op(index, grad)))), f"{backend}: a replay differs"
 
 
 @on_device

@@ -22,6 +22,10 @@ def labels(N):
     return torch.empty(N, dtype=torch.int64, device="meta")
 
 
+def looked_up(B, T):
+    return torch.empty(B, T, dtype=torch.int64, device="meta")
+
+
 def factors(B, T, I=96, O=64):
     return torch.empty(B, T, I, **HALF), torch.empty(B, T, O, **HALF)
 
@@ -74,10 +78,32 @@ SHAPES = {  # calls that must share one compilation of each kernel: only B, T, N
         for B, C in ((1, 4), (16, 64), (33, 24))
     ],
     "embedding_sqnorm": lambda: [
-        gf.ops.embedding_sqnorm(
-            torch.empty(B, T, dtype=torch.int64, device="meta"), torch.empty(B, T, 256, **HALF), num_embeddings=V
-        )
+        gf.ops.embedding_sqnorm(looked_up(B, T), torch.empty(B, T, 256, **HALF), num_embeddings=V)
         for B, T, V in ((1, 1, 1), (16, 512, 50_000), (33, 70, 2**40))
+    ],
+    "embedding_gram, short": lambda: [
+        gf.ops.embedding_gram(looked_up(B, T), factors(B, T)[0], num_embeddings=V)
+        for B, T, V in ((1, 2, 1), (400, 32, 50_000), (33, 7, 2**40))
+    ],
+    "embedding_gram, long": lambda: [
+        gf.ops.embedding_gram(looked_up(B, T), factors(B, T)[0], num_embeddings=V)
+        for B, T, V in ((1, 33, 1), (16, 512, 50_000), (33, 70, 2**40))
+    ],
+    "embedding_moments": lambda: [
+        gf.ops.embedding_moments(looked_up(B, T), factors(B, T)[0], num_embeddings=V)
+        for B, T, V in ((1, 1, 1), (16, 512, 5000), (33, 70, 7))
+    ],
+    "embedding_dot": lambda: [
+        gf.ops.embedding_dot(
+            looked_up(B, T), factors(B, T)[0], torch.empty(K, V, **HALF), torch.empty(K, 96, **HALF), num_embeddings=V
+        )
+        for B, T, K, V in ((1, 33, 60, 1), (16, 512, 1000, 50_000), (33, 70, 64, 7001))
+    ],
+    "embedding_sketch": lambda: [
+        gf.ops.embedding_sketch(
+            looked_up(B, T), factors(B, T)[0], torch.empty(V, P, **HALF), torch.empty(96, 16, **HALF), num_embeddings=V
+        )
+        for B, T, P, V in ((1, 2, 10, 2), (16, 32, 16, 50_000), (33, 7, 12, 7001))
     ],
     "cluster_sums": lambda: [
         gf.ops.cluster_sums(points(N, 256), labels(N), K) for N, K in ((1, 1), (16, 2), (70_000, 129))

@@ -7,6 +7,7 @@ import torch
 from .. import _native
 from . import _cuda
 from ._checks import as_rows, check_auxiliary, check_floats, shape
+from ._triton import triton_loses, triton_refuses
 
 INDICES = (torch.int64, torch.int32)
 
@@ -92,3 +93,12 @@ def cuda_products_lose(index: torch.Tensor, *_: object) -> str | None:
     """By design, not by a measurement: a block works on 64 positions of one example."""
     positions = index[:1].numel()
     return f"with {positions} positions an example most of a block would be idle" if positions < 16 else None
+
+
+def triton_table_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    """Why the Triton kernels cannot run on an op's arguments, or None."""
+    return triton_refuses(grad)
+
+
+def triton_table_loses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    return triton_loses(grad)

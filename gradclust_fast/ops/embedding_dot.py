@@ -16,6 +16,8 @@ from ._embedding import (
     cuda_products_refuse,
     padding_row,
     positions,
+    triton_table_loses,
+    triton_table_refuses,
 )
 
 
@@ -173,4 +175,26 @@ def embedding_dot_cuda(
         "embedding_dot_cuda", grad.device, factors, center_index.data_ptr(), center_grad.data_ptr(), out.shape[1], rank,
         partial.data_ptr(), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+@_op.kernel(
+    "triton",
+    refuses=triton_table_refuses,
+    loses=triton_table_loses,
+    route=lambda *_: "products with center_grad, multiplied by looked-up numbers in one tile and summed over T",
+)
+def embedding_dot_triton(
+    index: torch.Tensor,
+    grad: torch.Tensor,
+    center_index: torch.Tensor,
+    center_grad: torch.Tensor,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> torch.Tensor:
+    from ..triton_kernels.embedding_products import embedding_dot as fill  # here: it imports Triton
+
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, center_index, center_grad, num_embeddings, padding_idx)
+    fill(*positions(index, grad), padding_row(num_embeddings, padding_idx), center_index, center_grad, out)
     return out

@@ -8,7 +8,18 @@ from .. import _native, reference
 from .._dispatch import Op
 from . import _cuda
 from ._checks import accumulator
-from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
+from ._embedding import (
+    check_embedding,
+    check_range,
+    cpu_refuses,
+    padding_row,
+    positions,
+    triton_table_loses,
+    triton_table_refuses,
+)
+
+MOST_EXAMPLES = 2**16
+"""Their pairs are as many as the blocks of one launch."""
 
 
 def embedding_gram(
@@ -74,7 +85,7 @@ def embedding_gram_cpu(
 
 
 def _cuda_refuses(index: torch.Tensor, *_: object) -> str | None:
-    if index.shape[0] >= 2**16:
+    if index.shape[0] >= MOST_EXAMPLES:
         return "the CUDA kernel takes fewer than 2¹⁶ examples"
     return _cuda.refuses(index)
 
@@ -91,4 +102,27 @@ def embedding_gram_cuda(
     in_order, order = index.contiguous().sort(dim=1, stable=True)  # [B, T] both
     factors = _native.embedding(index, grad, num_embeddings, padding_row(num_embeddings, padding_idx))
     _cuda.launch("embedding_gram_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), out.data_ptr())
+    return out
+
+
+def _triton_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
+    if index.shape[0] >= MOST_EXAMPLES:
+        return "the Triton kernel takes fewer than 2¹⁶ examples"
+    return triton_table_refuses(index, grad)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=triton_table_loses,
+    route=lambda *_: "products of positions, those kept that look up one row; tiles without one are passed over",
+)
+def embedding_gram_triton(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> torch.Tensor:
+    from ..triton_kernels.embedding_gram import embedding_gram as fill  # here: it imports Triton
+
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, num_embeddings, padding_idx)
+    fill(*positions(index, grad), padding_row(num_embeddings, padding_idx), out)
     return out

@@ -8,7 +8,15 @@ from .. import _native, reference
 from .._dispatch import Op
 from . import _cuda
 from ._checks import accumulator
-from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
+from ._embedding import (
+    check_embedding,
+    check_range,
+    cpu_refuses,
+    padding_row,
+    positions,
+    triton_table_loses,
+    triton_table_refuses,
+)
 
 
 def embedding_moments(
@@ -102,4 +110,22 @@ def embedding_moments_cuda(
         "embedding_moments_cuda", grad.device, factors, in_order.data_ptr(), order.data_ptr(), first.data_ptr(),
         second.data_ptr(),
     )  # fmt: skip
+    return first, second
+
+
+@_op.kernel(
+    "triton",
+    refuses=triton_table_refuses,
+    loses=triton_table_loses,
+    route=lambda *_: "the batch's positions sorted by table row, cut into pieces at the ends of examples",
+)
+def embedding_moments_triton(
+    index: torch.Tensor, grad: torch.Tensor, num_embeddings: int, padding_idx: int | None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    from ..triton_kernels.embedding_moments import embedding_moments as fill  # here: it imports Triton
+
+    check_range(index, num_embeddings)
+    shape = (num_embeddings, grad.shape[-1])
+    first, second = (grad.new_zeros(shape, dtype=torch.float32) for _ in range(2))  # few rows are written
+    fill(*positions(index, grad), padding_row(num_embeddings, padding_idx), first, second)
     return first, second

@@ -17,6 +17,8 @@ from ._embedding import (
     cuda_products_refuse,
     padding_row,
     positions,
+    triton_table_loses,
+    triton_table_refuses,
 )
 
 
@@ -167,4 +169,32 @@ def embedding_sketch_cuda(
         "embedding_sketch_cuda", grad.device, factors, left.data_ptr(), 0 if right is None else right.data_ptr(),
         *out.shape[1:], partial.data_ptr(), out.data_ptr(),
     )  # fmt: skip
+    return out
+
+
+def _triton_refuses(index: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, *_: object) -> str | None:
+    if left is None:
+        return "without left the sketch is as large as the table, and the Triton kernel sums into registers; pass left"
+    return triton_table_refuses(index, grad)
+
+
+@_op.kernel(
+    "triton",
+    refuses=_triton_refuses,
+    loses=triton_table_loses,
+    route=lambda *_: "a block of rows projected, multiplied by looked-up rows of left and summed over T in registers",
+)
+def embedding_sketch_triton(
+    index: torch.Tensor,
+    grad: torch.Tensor,
+    left: torch.Tensor,
+    right: torch.Tensor | None,
+    num_embeddings: int,
+    padding_idx: int | None,
+) -> torch.Tensor:
+    from ..triton_kernels.embedding_products import embedding_sketch as fill  # here: it imports Triton
+
+    check_range(index, num_embeddings)
+    out = _fake(index, grad, left, right, num_embeddings, padding_idx)
+    fill(*positions(index, grad), padding_row(num_embeddings, padding_idx), left, right, out)
     return out

@@ -8,8 +8,15 @@ from .. import _native, reference
 from .._dispatch import Op
 from . import _cuda
 from ._checks import accumulator
-from ._embedding import check_embedding, check_range, cpu_refuses, padding_row, positions
-from ._triton import triton_loses, triton_refuses
+from ._embedding import (
+    check_embedding,
+    check_range,
+    cpu_refuses,
+    padding_row,
+    positions,
+    triton_table_loses,
+    triton_table_refuses,
+)
 
 
 def embedding_sqnorm(
@@ -101,18 +108,10 @@ def embedding_sqnorm_cuda(
     return out
 
 
-def _triton_refuses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
-    return triton_refuses(grad)
-
-
-def _triton_loses(index: torch.Tensor, grad: torch.Tensor, *_: object) -> str | None:
-    return triton_loses(grad)
-
-
 @_op.kernel(
     "triton",
-    refuses=_triton_refuses,
-    loses=_triton_loses,
+    refuses=triton_table_refuses,
+    loses=triton_table_loses,
     route=lambda *_: "positions sorted by table row, features of an example a block",
 )
 def embedding_sqnorm_triton(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -174,7 +174,7 @@ def _by_name(
     right: torch.Tensor | None,
     center_grad: torch.Tensor | None,
     center_act: torch.Tensor | None,
-) -> dict[str, torch.Tensor | None]:
+) -> dict[str, Any]:
     """The outputs and what they are made with, as keyword arguments."""
     names = ["sqnorm"] * sqnorm + ["sketch"] * (left is not None or right is not None)
     names += ["dot"] * (center_grad is not None)

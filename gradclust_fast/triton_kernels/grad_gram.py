@@ -27,12 +27,12 @@ _SIZES = ["B", "T", "E", "stride_act_b", "stride_act_t", "stride_grad_b", "strid
 
 
 @triton.jit
-def _triangle(index):
+def triangle(index):
     """(i, j), j ≤ i, of entry ``index`` of a triangle counted row by row."""
     i = ((tl.sqrt(8.0 * index + 1.0) - 1.0) * 0.5).to(tl.int32)  # index = i(i+1)/2 + j, up to rounding of the root
     i = tl.where(i.to(tl.int64) * (i + 1) // 2 > index, i - 1, i)
     i = tl.where((i + 1).to(tl.int64) * (i + 2) // 2 <= index, i + 1, i)
-    return i, index - i * (i + 1) // 2
+    return i, (index - i.to(tl.int64) * (i + 1) // 2).to(tl.int32)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -42,7 +42,7 @@ def grad_gram_rows_kernel(
     BLOCK: tl.constexpr,
 ):  # fmt: skip
     """(d_b·d_c)(a_b·a_c + bias) for a tile of pairs; FINISH: pairs + Y + Yᵀ + (s_b·s_c)(bias − c_b·c_c)."""
-    i, j = _triangle(tl.program_id(0))
+    i, j = triangle(tl.program_id(0))
     left = (i * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     right = (j * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     act_gram = tl.zeros((ROWS, ROWS), tl.float32)
@@ -76,7 +76,7 @@ def grad_gram_pairs_kernel(
     ROWS: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
     """⟨G̃_b, G̃_c⟩, b ≥ c, of two groups of E examples, or of two examples tile by tile."""
-    i, j = _triangle(tl.program_id(0))
+    i, j = triangle(tl.program_id(0))
     row = tl.arange(0, ROWS)
     total = 0.0
     for left_begin in range(0, E * T, ROWS):

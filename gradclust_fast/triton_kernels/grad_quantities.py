@@ -10,6 +10,10 @@ to some hundred columns.
 Examples shorter than half a tile share one. Long ones are split along T until the GPU is full: partial sums go to
 memory ([splits, B, …]) and are added up in a fixed order. Squared norms come with the same read for one position; for
 sequences they are grad_sqnorm's, a read of their own.
+
+Embedding tables take the same kernel (INDEX): their activations are the output gradients [B, T, D], and the linear
+layer's gradients would be one-hot rows [B, T, V], so the products with them are numbers and rows looked up in ``left``
+and the centres. Nothing depends on the size of the table.
 """
 
 from __future__ import annotations
@@ -56,7 +60,7 @@ def _meet(
 @triton.jit(
     do_not_specialize=[
         "B", "T", "E", "chunk", "tiles", "across", "K", "P", "Q", "stride_act_b", "stride_act_t", "stride_grad_b",
-        "stride_grad_t", "stride_center_act", "stride_center_grad", "stride_left", "stride_right",
+        "stride_grad_t", "stride_center_act", "stride_center_grad", "stride_left", "stride_right", "padding",
     ]
 )  # fmt: skip
 def grad_quantities_kernel(
@@ -64,8 +68,9 @@ def grad_quantities_kernel(
     B: tl.int64, T, E, chunk, tiles, across, I, O, K, P, Q,
     stride_act_b: tl.int64, stride_act_t: tl.int64, stride_grad_b: tl.int64, stride_grad_t: tl.int64,
     stride_center_act: tl.int64, stride_center_grad: tl.int64, stride_left: tl.int64, stride_right: tl.int64,
+    padding: tl.int64, stride_center_row, stride_left_column,
     DOT: tl.constexpr, SKETCH: tl.constexpr, SQNORM: tl.constexpr, BIAS: tl.constexpr, HAS_LEFT: tl.constexpr,
-    HAS_RIGHT: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr, UNIT_CENTER: tl.constexpr,
+    HAS_RIGHT: tl.constexpr, INDEX: tl.constexpr, LAYOUT: tl.constexpr, UNIT: tl.constexpr, UNIT_CENTER: tl.constexpr,
     UNIT_SIDE: tl.constexpr, PRECISION: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, LEFT: tl.constexpr,
     RIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -73,6 +78,9 @@ def grad_quantities_kernel(
 
     Program ids run over (chunk of T, group, tile); ``tiles`` tiles, ``across`` of them side by side in Q. A group is E
     examples, or one. dot is [chunks, B, K], sketch [chunks, B, P, Q], sqnorm [B].
+
+    INDEX: grad is [B, T] int64, rows of a table, of which ``padding`` counts for nothing; center_grad and left have a
+    number and a row for each of them, and any strides.
     """
     tile = tl.program_id(0) % tiles
     group = (tl.program_id(0) // tiles).to(tl.int64)
@@ -100,7 +108,10 @@ def grad_quantities_kernel(
             position = row % T
             live = (row < E * T) & (example < B)
         act_row = example * (stride_act_b * UNIT) + position * (stride_act_t * UNIT)
-        grad_row = example * (stride_grad_b * UNIT) + position * (stride_grad_t * UNIT)
+        counted = live
+        if INDEX:
+            looked_up = tl.load(grad_ptr + example * T + position, mask=live, other=0)
+            counted = live & (looked_up != padding)
         act_dots = tl.zeros((ROWS, COLUMNS), tl.float32)
         grad_dots = tl.zeros((ROWS, COLUMNS), tl.float32)
         act_side = tl.zeros((ROWS, RIGHT), tl.float32)
@@ -108,9 +119,9 @@ def grad_quantities_kernel(
         act_squares, act_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
         grad_squares, grad_exponent = tl.zeros((ROWS,), tl.float32), tl.full((ROWS,), 1, tl.int32)
         act_dots, act_side, act_squares, act_exponent = _meet(
-            act_ptr, act_row, live, I, center_act_ptr, stride_center_act * UNIT_CENTER, column, K, act_dots, right_ptr,
-            stride_right * UNIT_SIDE, q, Q, act_side, act_squares, act_exponent, DOT, SKETCH and HAS_RIGHT, SQNORM,
-            PRECISION, BLOCK,
+            act_ptr, act_row, counted, I, center_act_ptr, stride_center_act * UNIT_CENTER, column, K, act_dots,
+            right_ptr, stride_right * UNIT_SIDE, q, Q, act_side, act_squares, act_exponent, DOT, SKETCH and HAS_RIGHT,
+            SQNORM, PRECISION, BLOCK,
         )  # fmt: skip
         if BIAS:  # the last feature is the constant 1
             if DOT:
@@ -119,19 +130,31 @@ def grad_quantities_kernel(
             if SKETCH and HAS_RIGHT:
                 last_side = I * (stride_right * UNIT_SIDE) + q
                 act_side += tl.load(right_ptr + last_side, mask=q < Q, other=0.0).to(tl.float32)[None, :]
-        grad_dots, grad_side, grad_squares, grad_exponent = _meet(
-            grad_ptr, grad_row, live, O, center_grad_ptr, stride_center_grad * UNIT_CENTER, column, K, grad_dots,
-            left_ptr, stride_left * UNIT_SIDE, p, P, grad_side, grad_squares, grad_exponent, DOT, SKETCH and HAS_LEFT,
-            SQNORM, PRECISION, BLOCK,
-        )  # fmt: skip
-        if SKETCH and not HAS_RIGHT:  # the identity: the rows themselves, with the constant 1 as column I
+        if INDEX:
+            if DOT:
+                numbers = looked_up[:, None] * stride_center_row + column[None, :] * stride_center_grad
+                wanted = counted[:, None] & (column < K)[None, :]
+                grad_dots = tl.load(center_grad_ptr + numbers, mask=wanted, other=0.0).to(tl.float32)
+            if SKETCH:
+                numbers = looked_up[:, None] * stride_left + p[None, :] * stride_left_column
+                wanted = counted[:, None] & (p < P)[None, :]
+                grad_side = tl.load(left_ptr + numbers, mask=wanted, other=0.0).to(tl.float32)
+        else:
+            grad_row = example * (stride_grad_b * UNIT) + position * (stride_grad_t * UNIT)
+            grad_dots, grad_side, grad_squares, grad_exponent = _meet(
+                grad_ptr, grad_row, live, O, center_grad_ptr, stride_center_grad * UNIT_CENTER, column, K, grad_dots,
+                left_ptr, stride_left * UNIT_SIDE, p, P, grad_side, grad_squares, grad_exponent, DOT,
+                SKETCH and HAS_LEFT, SQNORM, PRECISION, BLOCK,
+            )  # fmt: skip
+            if SKETCH and not HAS_LEFT:  # the identity: the rows themselves
+                own_grad = grad_row[:, None] + p[None, :]
+                grad_side = tl.load(grad_ptr + own_grad, mask=live[:, None] & (p < O)[None, :], other=0.0)
+                grad_side = grad_side.to(tl.float32)
+        if SKETCH and not HAS_RIGHT:  # with the constant 1 as column I
             own_act = act_row[:, None] + q[None, :]
-            act_side = tl.load(act_ptr + own_act, mask=live[:, None] & (q < I)[None, :], other=0.0).to(tl.float32)
+            act_side = tl.load(act_ptr + own_act, mask=counted[:, None] & (q < I)[None, :], other=0.0).to(tl.float32)
             if BIAS:
                 act_side = tl.where((q == I)[None, :], 1.0, act_side)
-        if SKETCH and not HAS_LEFT:
-            own_grad = grad_row[:, None] + p[None, :]
-            grad_side = tl.load(grad_ptr + own_grad, mask=live[:, None] & (p < O)[None, :], other=0.0).to(tl.float32)
 
         both = act_dots * grad_dots
         if SQNORM:
@@ -218,11 +241,13 @@ def grad_quantities(
     dot: torch.Tensor | None = None,
     center_grad: torch.Tensor | None = None,
     center_act: torch.Tensor | None = None,
+    padding: int | None = None,
 ) -> None:
     """Fills the outputs that are given, all float32: sqnorm [B], sketch [B, P, Q], dot [B, K].
 
     act [B, T, I] and grad [B, T, O] have feature stride 1. Sides and centres are copied where their last stride is
-    not 1.
+    not 1. With ``padding`` (a row, or −1) grad is [B, T] int64, contiguous: rows of a table, which ``left`` and
+    ``center_grad`` have too.
     """
     B, T = act.shape[:2]
     if T == 0 or B == 0:
@@ -233,8 +258,11 @@ def grad_quantities(
     if sqnorm is not None and T > 1:
         grad_sqnorm(act, grad, bias, sqnorm)
         sqnorm = None
+    table = padding is not None
     target = _support.target(act.device)
     tiling = row_tiles(B * T, act.dtype, _support.float32_precision(), target)
+    if table and not target.interpreter:  # what is looked up has an address a number: registers for 64 × 64 of them
+        tiling = tiling._replace(rows=64, block=min(tiling.block, 32), columns=64, side=32, warps=8)
     centers = None
     if dot is not None and dot.numel():
         assert center_grad is not None and center_act is not None
@@ -242,22 +270,24 @@ def grad_quantities(
         if rank == 0:
             dot.zero_()
         else:
-            centers = _rows(center_grad.flatten(0, -2)), _rows(center_act.flatten(0, -2)), rank
+            center_grad = center_grad.flatten(0, -2)
+            centers = center_grad if table else _rows(center_grad), _rows(center_act.flatten(0, -2)), rank
     sides = None
     if sketch is not None and sketch.numel():
         P, Q = sketch.shape[1:]
-        sides = _Side(None if left is None else _rows(left), P), _Side(None if right is None else _rows(right), Q)
+        left = left if table or left is None else _rows(left)
+        sides = _Side(left, P), _Side(None if right is None else _rows(right), Q)
     one_tile = (centers is None or centers[0].shape[0] <= tiling.columns) and (
         sides is None or max(sides[0].size, sides[1].size) <= tiling.side
     )
     if one_tile and (centers is not None or sides is not None or sqnorm is not None):
-        _launch(act, grad, bias, tiling, target, sqnorm, sketch, sides, dot, centers)
+        _launch(act, grad, bias, tiling, target, sqnorm, sketch, sides, dot, centers, padding)
         return
     if centers is not None:
-        _launch(act, grad, bias, tiling, target, sqnorm, None, None, dot, centers)
+        _launch(act, grad, bias, tiling, target, sqnorm, None, None, dot, centers, padding)
         sqnorm = None
     if sides is not None:
-        _launch(act, grad, bias, tiling, target, sqnorm, sketch, sides, None, None)
+        _launch(act, grad, bias, tiling, target, sqnorm, sketch, sides, None, None, padding)
 
 
 def _rows(matrix: torch.Tensor) -> torch.Tensor:
@@ -267,11 +297,22 @@ def _rows(matrix: torch.Tensor) -> torch.Tensor:
 def _launch(
     act: torch.Tensor, grad: torch.Tensor, bias: bool, tiling: Tiles, target: Target, sqnorm: torch.Tensor | None,
     sketch: torch.Tensor | None, sides: tuple[_Side, _Side] | None, dot: torch.Tensor | None,
-    centers: tuple[torch.Tensor, torch.Tensor, int] | None,
+    centers: tuple[torch.Tensor, torch.Tensor, int] | None, padding: int | None,
 ) -> None:  # fmt: skip
     """One launch: all that is asked for where it fits one tile, else the centres or the sketch alone."""
     B, T, I = act.shape
-    O = grad.shape[2]
+    table = padding is not None
+    O = 0 if table else grad.shape[2]
+    center_grad, center_act = (act, act) if centers is None else centers[:2]
+    left = act if sides is None or sides[0].matrix is None else sides[0].matrix
+    right = act if sides is None or sides[1].matrix is None else sides[1].matrix
+    strides = act.stride()[:2] if table else (*act.stride()[:2], *grad.stride()[:2])
+    factor = unit(*strides)
+    # what is looked up is not read in blocks, and counts in elements
+    center_unit = unit(center_act.stride(0)) if table else unit(center_act.stride(0), center_grad.stride(0))
+    side_unit = unit(right.stride(0)) if table else unit(left.stride(0), right.stride(0))
+    if table and 1 in (factor, center_unit, side_unit) and target.capability < (9, 0) and not target.interpreter:
+        tiling = tiling._replace(rows=32, block=16)
     layout = ONE if T == 1 else PACKED if tiling.rows >= 2 * T else LONG
     E = 1 if layout == LONG else tiling.rows // T
     K, rank, tiles, across = 0, 1, 1, 1
@@ -299,22 +340,17 @@ def _launch(
         dots = dot if splits == rank == 1 else act.new_empty(splits, B, K, dtype=torch.float32)
     if sketch is not None:
         sketches = sketch if splits == 1 else act.new_empty(splits, B, P, Q, dtype=torch.float32)
-    center_grad, center_act = (act, act) if centers is None else centers[:2]
-    left = act if sides is None or sides[0].matrix is None else sides[0].matrix
-    right = act if sides is None or sides[1].matrix is None else sides[1].matrix
-    factor = unit(*act.stride()[:2], *grad.stride()[:2])
-    center_unit = unit(center_act.stride(0), center_grad.stride(0))
-    side_unit = unit(left.stride(0), right.stride(0))
     if centers is not None and 1 in (factor, center_unit) and not target.interpreter:
         tiling = tiling._replace(block=16, warps=8)  # every element has an address in registers
     launch(
         grad_quantities_kernel, (programs * splits,), act, grad, center_act, center_grad, left, right, dots, sketches,
         act if sqnorm is None else sqnorm, B, T, E, chunk, tiles, across, I, O, K, P, Q,
-        *(stride // factor for stride in (*act.stride()[:2], *grad.stride()[:2])),
-        center_act.stride(0) // center_unit, center_grad.stride(0) // center_unit, left.stride(0) // side_unit,
-        right.stride(0) // side_unit, centers is not None, sides is not None, sqnorm is not None, bias,
-        sides is not None and sides[0].matrix is not None, sides is not None and sides[1].matrix is not None, layout,
-        factor, center_unit, side_unit, _support.float32_precision(), tiling.rows,
+        *(stride // factor for stride in (*strides, *(0, 0) * table)), center_act.stride(0) // center_unit,
+        center_grad.stride(0) // (1 if table else center_unit), left.stride(0) // (1 if table else side_unit),
+        right.stride(0) // side_unit, padding or 0, *((center_grad.stride(-1), left.stride(-1)) if table else (1, 1)),
+        centers is not None, sides is not None, sqnorm is not None, bias,
+        sides is not None and sides[0].matrix is not None, sides is not None and sides[1].matrix is not None, table,
+        layout, factor, center_unit, side_unit, _support.float32_precision(), tiling.rows,
         power_of_two(K, 16, tiling.columns), power_of_two(P, 16, tiling.side), power_of_two(Q, 16, tiling.side),
         tiling.block, num_warps=tiling.warps, num_stages=tiling.stages, device=act.device,
     )  # fmt: skip
