@@ -285,9 +285,16 @@ def random_signs(meter: Meter) -> Iterator[Figure]:
         def ours(vectors: torch.Tensor = vectors, R: int = R) -> torch.Tensor:
             return gf.ops.sign_product(vectors, R, (1, 2), R**-0.5)
 
-        times = meter.times({"ours": ours, "product": product})
+        halves, half_signs = vectors.bfloat16(), signs.bfloat16()
+
+        def pieces(halves: torch.Tensor = halves, half_signs: torch.Tensor = half_signs) -> None:
+            for _ in range(3):
+                halves @ half_signs
+
+        times = meter.times({"ours": ours, "product": product, "pieces": pieces})
         share = ratio(times["ours"], times["product"])
         yield Figure(f"fused ÷ the product with stored signs, {label}", share, most=most)
+        yield Figure(f"fused ÷ three bfloat16 products, {label}", ratio(times["ours"], times["pieces"]))
         yield Figure(f"microseconds, {label}", None if times["ours"] is None else 1e6 * times["ours"])
 
 
