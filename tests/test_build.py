@@ -254,7 +254,10 @@ def test_the_instruction_set_can_be_lowered_and_never_raised(isa):
 
 def test_build_info_says_what_was_built_and_why_not():
     info = gf.build_info()
-    assert info["gradclust_fast"] == gf.__version__ == metadata.version("gradclust_fast")
+    declared = re.search(r'^version = "(.+)"', (ROOT / "pyproject.toml").read_text(), re.MULTILINE)[1]
+    assert info["gradclust_fast"] == gf.__version__ == declared
+    installed = [each.version for each in metadata.distributions(name="gradclust_fast")]  # none in a merely built tree
+    assert set(installed) <= {declared}
     assert info["torch"] == torch.__version__
     assert str(info).count("\n") == len(info) - 1
     for kernels in ("C++ kernels", "CUDA kernels"):
