@@ -6,6 +6,7 @@
 #include <string>
 
 #include "conv_moments.h"
+#include "conv_products.h"
 #include "conv_sqnorm.h"
 #include "embedding.h"
 #include "grad_sqnorm.h"
@@ -112,6 +113,19 @@ void bind_cuda(py::module_& m) {
                                 uintptr_t stream) {
     raise_if(conv_moments_cuda(conv(f), ConvCudaRoute(route), pointer(partial), pointer(first), pointer(second),
                                pointer(stream)));
+  }, nogil());
+  m.def("conv_products_cuda_pitches", [](int route) {
+    ConvPitches pitches = conv_products_cuda_pitches(ConvCudaRoute(route));
+    return std::array<int64_t, 2>{pitches.rows, pitches.columns};
+  });
+  m.def("conv_products_cuda_parts", [](const ConvTuple& f, int route, int what) {
+    return conv_products_cuda_parts(conv(f), ConvCudaRoute(route), ConvProduct(what));
+  });
+  // sides: (rows, columns, count, rank, row_pitch, column_pitch)
+  m.def("conv_products_cuda", [](const ConvTuple& f, int route, int what, const std::array<int64_t, 6>& s, uintptr_t out,
+                                 uintptr_t stream) {
+    ConvSides sides{pointer(uintptr_t(s[0])), pointer(uintptr_t(s[1])), s[2], s[3], s[4], s[5]};
+    raise_if(conv_products_cuda(conv(f), ConvCudaRoute(route), ConvProduct(what), sides, pointer(out), pointer(stream)));
   }, nogil());
   m.def("norm_grads_cuda", [](const NormTuple& f, double eps, bool rms, int slices, uintptr_t stats, uintptr_t partial,
                               uintptr_t weight, uintptr_t bias, uintptr_t stream) {

@@ -33,6 +33,9 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
     "conv_moments_tensor_kernel": 255,  # three sums of a tile
     "conv_moments_scalar_kernel": 255,
     "conv_moments_correlate_kernel": 128,
+    "conv_products_tensor_kernel": 168,  # three blocks of 128: the tile and 20 numbers of the sides
+    "conv_products_scalar_kernel": 168,
+    "conv_products_correlate_kernel": 128,
     "exact_moves_sweep_kernel": 128,  # two blocks of 256
     "cluster_objective_kernel": 128,
     "embedding_sqnorm_kernel": 64,  # two blocks of 512

@@ -150,6 +150,44 @@ def test_convolution_ops(what, case, bias):
     check(f"conv_{what}", (act, grad), {"bias": bias, **geometry, **extra}, torch.float32)
 
 
+CONV_SIDES = {  # op and tensors from O = 72, I = 40 · 9 + 1
+    "both-sides": ("conv_sketch", {"left": (72, 9), "right": (361, 5)}),
+    "a-narrow-left": ("conv_sketch", {"left": (72, 3), "right": (361, 17)}),
+    "left": ("conv_sketch", {"left": (72, 3)}),
+    "right": ("conv_sketch", {"right": (361, 17)}),
+    "no-side": ("conv_sketch", {}),
+    "centres-of-rank-3": ("conv_dot", {"center_grad": (9, 3, 72), "center_act": (9, 3, 361)}),
+    "norms": ("conv_sqnorm", {}),
+    "moments": ("conv_moments", {}),
+}
+
+
+@on_device
+@pytest.mark.parametrize("name, shapes", CONV_SIDES.values(), ids=CONV_SIDES)
+def test_convolutions_over_several_tiles_and_in_graphs(dtype, name, shapes):
+    act, grad = torch.randn(5, 40, 9, 11).to(dtype), torch.randn(5, 72, 9, 11).to(dtype)
+    sides = {key: torch.randn(shape).to(dtype) for key, shape in shapes.items()}
+    geometry = {"kernel_size": 3, "padding": 1, "bias": True}
+    check(name, (act, grad), {**geometry, **sides}, dtype)
+    if DEVICE != "cuda":
+        return
+    op, args, kwargs = (
+        getattr(gf.ops, name),
+        (act.cuda(), grad.cuda()),
+        {key: to(each, DEVICE) for key, each in sides.items()},
+    )
+    with gf.backend("cuda"):
+        expected = outputs(op(*args, **geometry, **kwargs))
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = outputs(op(*args, **geometry, **kwargs))
+    for each in captured:
+        each.zero_()
+    graph.replay()
+    torch.cuda.synchronize()
+    assert all(map(torch.equal, captured, expected))
+
+
 @on_device
 @pytest.mark.parametrize("B, positions, V, D, padding_idx", TABLES)
 @pytest.mark.parametrize("what", [what for what in EXTRA if f"embedding_{what}" in OPS])

@@ -82,3 +82,17 @@ class Layer:
                 return op(self.act, self.grad, *tensors, **self.geometry)
 
         return {"composed of torch ops": run}
+
+
+# Of a residual network: one layer in three layouts, deeper ones; depthwise; pointwise; the first layer.
+GPU_LAYERS = (
+    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16),
+    dict(B=256, C=64, O=64, size=56),
+    dict(B=256, C=128, O=128, size=28, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=256, O=256, size=14, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=512, O=512, size=7, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=384, O=384, size=14, groups=384, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=256, O=64, size=56, kernel_size=1, padding=0, dtype=torch.bfloat16, channels_last=True),
+    dict(B=256, C=3, O=64, size=224, kernel_size=7, stride=2, padding=3, dtype=torch.bfloat16, channels_last=True),
+)

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 import torch
 
 import gradclust_fast as gf
-from bench.harness import Case
+from bench.harness import Case, on_gpu
 
-from ._conv import Layer
+from ._conv import GPU_LAYERS, Layer
 
 LAYERS = (
     (dict(B=128, C=64, O=64, size=16), 16, 16),
@@ -20,7 +20,7 @@ LAYERS = (
 
 
 def cases() -> Iterator[Case]:
-    for sizes, P, Q in LAYERS:
+    for sizes, P, Q in ((sizes, 32, 32) for sizes in GPU_LAYERS) if on_gpu() else LAYERS:
         layer = Layer(**sizes)
         T, O, I, groups = layer.T, layer.O, layer.I, layer.groups
         routes = (
@@ -28,7 +28,7 @@ def cases() -> Iterator[Case]:
             T * P * (O + groups * I) + groups * P * I * Q,  # left first
             T * I * O + O * Q * (I + P),  # through G_b
         )
-        left, right = torch.randn(layer.O, P), torch.randn(layer.I, Q)
+        left, right = torch.randn(O, P).to(layer.dtype), torch.randn(I, Q).to(layer.dtype)
         yield Case(
             "conv_sketch",
             f"{layer.label} P={P} Q={Q}",
@@ -39,4 +39,5 @@ def cases() -> Iterator[Case]:
             | layer.composed(gf.ops.conv_sketch, left, right),
             flops=2 * layer.B * min(routes),
             bytes=layer.bytes(left.numel() + right.numel() + layer.B * P * Q),
+            dtype=layer.dtype,
         )

@@ -9,14 +9,12 @@ import importlib
 from collections.abc import Callable, Iterator
 from typing import Any
 
-import torch
-
 import gradclust_fast as gf
 from bench.harness import Case, on_gpu
 from gradclust_fast.ops._conv import prepare
 from gradclust_fast.ops._conv_routes import layer_of
 
-from ._conv import Layer
+from ._conv import GPU_LAYERS, Layer
 
 LAYERS = (
     dict(B=256, C=64, O=64, size=16),  # structured Gram
@@ -27,18 +25,6 @@ LAYERS = (
     dict(B=8, C=64, O=64, size=56),  # many positions: direct in blocks
     dict(B=128, C=64, O=64, size=16, groups=64),  # depthwise
     dict(B=128, C=64, O=64, size=16, kernel_size=1, padding=0),
-)
-
-GPU_LAYERS = (
-    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=64, O=64, size=56, dtype=torch.bfloat16),
-    dict(B=256, C=64, O=64, size=56),
-    dict(B=256, C=128, O=128, size=28, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=256, O=256, size=14, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=512, O=512, size=7, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=384, O=384, size=14, groups=384, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=256, O=64, size=56, kernel_size=1, padding=0, dtype=torch.bfloat16, channels_last=True),
-    dict(B=256, C=3, O=64, size=224, kernel_size=7, stride=2, padding=3, dtype=torch.bfloat16, channels_last=True),
 )
 
 

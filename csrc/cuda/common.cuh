@@ -4,6 +4,7 @@
 #include <cuda_fp16.h>
 #include <cuda_runtime.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 
@@ -89,6 +90,15 @@ const char* launch(const char* name, const char* sizes, void (*kernel)(Parameter
   }
   return error == cudaSuccess ? nullptr : named_error(name, sizes, cudaGetErrorString(error));
 #endif
+}
+
+// Calls start(first, blocks) for `all` blocks, as many at a time as a grid holds. Returns nullptr, or the first error.
+template <typename Start> const char* in_grids(int64_t all, Start&& start) {
+  constexpr int64_t MOST = (int64_t(1) << 31) - 1;
+  const char* error = nullptr;
+  for (int64_t first = 0; first < all && !error; first += MOST)
+    error = start(first, unsigned(std::min(MOST, all - first)));
+  return error;
 }
 
 }  // namespace gradclust

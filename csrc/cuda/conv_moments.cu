@@ -12,7 +12,7 @@
 namespace gradclust {
 namespace {
 
-constexpr int BLOCKS = 2, SCALAR_ROWS = 4, ROWS = 32;  // 16 · BLOCKS = 8 · SCALAR_ROWS output channels of a tile
+constexpr int BLOCKS = 2, THREAD_ROWS = 4, ROWS = 32;  // 16 · BLOCKS = 8 · THREAD_ROWS output channels of a tile
 constexpr int FULL = 528;                              // blocks that fill a large device, with four each
 
 // Where a slice's sums go: [slices, 2, O, I], I = C / groups · kernel elements, as in weight.flatten(1).
@@ -26,14 +26,6 @@ template <typename acc> struct Moments {
 
 struct Slice { int64_t begin, end; };
 __device__ Slice slice_of(int64_t B, int slice, int slices) { return {B * slice / slices, B * (slice + 1) / slices}; }
-
-// Column of weight.flatten(1) of a channel of an octet, or −1 past the group's channels.
-__device__ int64_t weight_column(const ConvTiles& p, const TileOrigin& t, int octet, int column) {
-  int tap = octet / t.octets, c = octet % t.octets * 8 + column;
-  if (octet >= t.columns || c >= t.C) return -1;
-  const int64_t* kernel = p.f.kernel;
-  return (((t.c0 + c) * kernel[0] + t.kz) * kernel[1] + t.ky) * kernel[2] + t.kx0 + tap;
-}
 
 template <typename in_t>
 __global__ void __launch_bounds__(TILE_THREADS)
@@ -81,13 +73,13 @@ __global__ void __launch_bounds__(TILE_THREADS)
   int slice = blockIdx.x / p.tiles, index = blockIdx.x % p.tiles;
   Slice examples = slice_of(p.f.B, slice, slices);
   TileOrigin t = tile_origin(p, 0, index);
-  ScalarTile<acc, SCALAR_ROWS> tile;
-  ScalarSums<acc, SCALAR_ROWS> first = {}, second = {};
+  ScalarTile<acc, THREAD_ROWS> tile;
+  ScalarSums<acc, THREAD_ROWS> first = {}, second = {};
   for (t.b = examples.begin; t.b < examples.end; ++t.b) {
-    ScalarSums<acc, SCALAR_ROWS> sums = {};
+    ScalarSums<acc, THREAD_ROWS> sums = {};
     tile.multiply(p, t, memory, sums);
 #pragma unroll
-    for (int m = 0; m < SCALAR_ROWS; ++m)
+    for (int m = 0; m < THREAD_ROWS; ++m)
 #pragma unroll
       for (int s = 0; s < PAIRS; ++s)
 #pragma unroll
@@ -102,7 +94,7 @@ __global__ void __launch_bounds__(TILE_THREADS)
     for (int v = 0; v < VECTOR<acc>; ++v) {
       int64_t column = weight_column(p, t, tile.octet(s), tile.column(s, v));
 #pragma unroll
-      for (int m = 0; m < SCALAR_ROWS; ++m) {
+      for (int m = 0; m < THREAD_ROWS; ++m) {
         if (column < 0 || tile.row(m) >= t.O) continue;
         int64_t o = int64_t(t.group) * p.O + t.o0 + tile.row(m);
         *out.at(slice, 0, o, column) = first[m][s][v];

@@ -38,8 +38,6 @@ __global__ void __launch_bounds__(TILE_THREADS)
   leave_block_sum(square, TILE_WARPS, memory, partial + index);
 }
 
-constexpr int SCALAR_ROWS = 8;  // of a thread
-
 template <typename acc>
 __global__ void __launch_bounds__(TILE_THREADS)
     conv_sqnorm_scalar_kernel(const __grid_constant__ ConvTiles p, int64_t first, acc* __restrict__ partial) {
@@ -78,28 +76,16 @@ __global__ void __launch_bounds__(32 * CORRELATE_WARPS, 2)
   leave_block_sum(square, CORRELATE_WARPS, memory, partial + index);
 }
 
-// Launches a kernel over all tiles, as many at a time as a grid holds.
+// Launches a kernel over all tiles, and the sum of an example's.
 template <typename Plan, typename acc>
 const char* launch_tiles(const char* name, const char* sizes, void (*kernel)(Plan, int64_t, acc*), const Plan& plan,
                          unsigned threads, int64_t bytes, acc* partial, acc* out, void* stream) {
-  constexpr int64_t MOST = (int64_t(1) << 31) - 1;
-  int64_t all = plan.f.B * plan.tiles;
   acc* target = plan.tiles > 1 ? partial : out;
-  const char* error = nullptr;
-  for (int64_t first = 0; first < all && !error; first += MOST)
-    error = launch(name, sizes, kernel, unsigned(std::min(MOST, all - first)), threads, size_t(bytes), stream, plan, first,
-                   target);
+  const char* error = in_grids(plan.f.B * plan.tiles, [&](int64_t first, unsigned blocks) {
+    return launch(name, sizes, kernel, blocks, threads, size_t(bytes), stream, plan, first, target);
+  });
   if (error || plan.tiles == 1) return error;
   return sum_rows(sizes, partial, plan.f.B, plan.tiles, out, stream);
-}
-
-// Output channels that tensor-core tiles fetch and multiply.
-int tensor_rows(const ConvFactors& f) { return f.O / f.groups <= 32 ? 32 : 64; }
-
-template <typename in_t> ConvTiles plan_of(const ConvFactors& f, ConvCudaRoute route, bool bulk = true) {
-  bool tensor = on_tensor_cores(f, route);
-  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : 8 * SCALAR_ROWS,
-                    bulk && route != ConvCudaRoute::tiles_cp_async);
 }
 
 template <typename in_t>
@@ -124,7 +110,7 @@ int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
   int64_t tiles = 0;
   dispatch(f.dtype, [&](auto zero) {
     tiles = route == ConvCudaRoute::correlate ? plan_correlate(f).tiles
-                                              : plan_of<decltype(zero)>(f, route, false).tiles;
+                                              : plan_large_tiles<decltype(zero)>(f, route, false).tiles;
   });
   return tiles > 1 ? tiles : 0;
 }
@@ -132,7 +118,7 @@ int64_t conv_sqnorm_cuda_partials(const ConvFactors& f, ConvCudaRoute route) {
 bool conv_sqnorm_cuda_in_bulk(const ConvFactors& f, ConvCudaRoute route) {
   bool bulk = false;
   dispatch(f.dtype, [&](auto zero) {
-    bulk = route != ConvCudaRoute::correlate && plan_of<decltype(zero)>(f, route).bulk;
+    bulk = route != ConvCudaRoute::correlate && plan_large_tiles<decltype(zero)>(f, route).bulk;
   });
   return bulk;
 }
@@ -151,7 +137,7 @@ const char* conv_sqnorm_cuda(const ConvFactors& f, ConvCudaRoute route, void* pa
                                                 static_cast<acc*>(partial), static_cast<acc*>(out), stream);
       return;
     }
-    ConvTiles plan = plan_of<in_t>(f, route);
+    ConvTiles plan = plan_large_tiles<in_t>(f, route);
     if constexpr (sizeof(in_t) <= 4) {
       if (on_tensor_cores(f, route)) error = run_tensor<in_t>(f, plan, sizes, partial, out, stream);
     }

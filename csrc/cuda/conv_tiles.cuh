@@ -187,6 +187,14 @@ template <typename acc, int ROWS> struct ScalarTile {
   }
 };
 
+// Column of weight.flatten(1) of a channel of an octet, or −1 past the group's channels.
+__device__ inline int64_t weight_column(const ConvTiles& p, const TileOrigin& t, int octet, int column) {
+  int tap = octet / t.octets, c = octet % t.octets * 8 + column;
+  if (octet >= t.columns || c >= t.C) return -1;
+  const int64_t* kernel = p.f.kernel;
+  return (((t.c0 + c) * kernel[0] + t.kz) * kernel[1] + t.ky) * kernel[2] + t.kx0 + tap;
+}
+
 inline int64_t rounded(int64_t n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // Lines of `count` positions with `channels` channels of `size` bytes.
@@ -277,6 +285,17 @@ inline ConvTiles plan_tiles(const ConvFactors& f, bool tensor, int size, int row
   p.by_x_vectors = Divisor(p.channels * size / 16), p.by_d_vectors = Divisor(rows * size / 16);
   p.bulk = bulk && size == 2 && fetch_in_bulk(p);
   return p;
+}
+
+// Output channels that tensor-core tiles fetch and multiply, and those of a thread without tensor cores.
+inline int tensor_rows(const ConvFactors& f) { return f.O / f.groups <= 32 ? 32 : 64; }
+constexpr int SCALAR_ROWS = 8;
+
+// The largest tiles: of kernels that keep one sum of them.
+template <typename in_t> ConvTiles plan_large_tiles(const ConvFactors& f, ConvCudaRoute route, bool bulk = true) {
+  bool tensor = on_tensor_cores(f, route);
+  return plan_tiles(f, tensor, sizeof(in_t), tensor ? tensor_rows(f) : 8 * SCALAR_ROWS,
+                    bulk && route != ConvCudaRoute::tiles_cp_async);
 }
 
 }  // namespace gradclust

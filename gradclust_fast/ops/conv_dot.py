@@ -8,6 +8,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _conv_cuda, _conv_products
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv_centers, prepare, with_layer_arguments
 from ._conv_routes import (
@@ -143,4 +144,45 @@ def by_route(
     how = 0 if filters else GRADIENT_ROUTES.index(route)
     factors = _native.conv(act, grad, *geometry)
     _native._C.conv_dot_cpu(factors, centers, filters, how, out.data_ptr(), _native.num_threads())
+    return out
+
+
+def _cuda_loses(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> str | None:
+    if _empty(act, grad, center_grad, center_act):
+        return None
+    layer, columns = layer_of(act, grad, geometry), center_grad.shape[:-1].numel()
+    filtered = layer.groups * layer.T * columns
+    return _conv_products.loses(
+        act, grad, geometry, columns, 2 * filtered * (layer.columns + layer.O), numbers=6 * filtered
+    )
+
+
+@_op.kernel("cuda", refuses=_conv_products.refuses, loses=_cuda_loses, route=_conv_products.route)
+def conv_dot_cuda(
+    act: torch.Tensor, grad: torch.Tensor, center_grad: torch.Tensor, center_act: torch.Tensor, *geometry: Any
+) -> torch.Tensor:
+    if _empty(act, grad, center_grad, center_act):
+        return _op.reference(act, grad, center_grad, center_act, *geometry)
+    route = _conv_cuda.choose(act, grad, geometry[4])
+    return by_cuda_route(route, act, grad, center_grad, center_act, *geometry)
+
+
+def by_cuda_route(
+    route: str,
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    center_grad: torch.Tensor,
+    center_act: torch.Tensor,
+    *geometry: Any,
+) -> torch.Tensor:
+    """The CUDA kernel by a route of one's own choice; nothing may be empty."""
+    out = _fake(act, grad, center_grad)
+    D, A = (side.to(out.dtype).reshape(out.shape[1], -1, side.shape[-1]) for side in (center_grad, center_act))
+    weight = A[..., :-1] if geometry[-1] else A
+    for part, sums in _conv_products.products(route, act, grad, geometry, rows=D, columns=weight):
+        out[part] = sums
+    if geometry[-1]:
+        out += _conv_cuda.bias_gradients(grad, out.dtype) @ (D * A[..., -1:]).sum(1).mT
     return out

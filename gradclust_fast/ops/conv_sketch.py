@@ -8,6 +8,7 @@ import torch
 
 from .. import _native, reference
 from .._dispatch import Op
+from . import _conv_cuda, _conv_products
 from ._checks import accumulator
 from ._conv import GEOMETRY, LayerArguments, check_conv_sides, features, prepare, with_layer_arguments
 from ._conv_routes import cheapest, cpu_refuses, describe, gradient_costs, lanes, layer_of, pointwise_loses
@@ -146,4 +147,69 @@ def by_route(
     _native._C.conv_sketch_cpu(
         factors, (*addresses, *out.shape[1:]), ROUTES.index(route), out.data_ptr(), _native.num_threads()
     )
+    return out
+
+
+def _cuda_loses(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> str | None:
+    if _empty(act, grad, left, right) or (left is None and right is None):
+        return None
+    layer = layer_of(act, grad, geometry)
+    groups, T, O, I = layer.groups, layer.T, layer.O, layer.columns
+    P, mix = (O, 0) if left is None else (left.shape[1], 2 * T * groups * O * left.shape[1])
+    kept = groups * T * P if mix else 0
+    if right is None:  # one kernel element after the other, each from its own copy of the image
+        taps = I // layer.C
+        flops, numbers = mix + 2 * groups * T * P * I, 2 * kept + taps * (kept + 3 * groups * T * layer.C)
+    else:
+        Q = right.shape[1]
+        flops, numbers = mix + 2 * groups * T * Q * (I + P), 2 * kept + 2 * groups * T * Q
+    columns = P if _left_first(left, right) else right.shape[1]  # type: ignore[union-attr]
+    return _conv_products.loses(act, grad, geometry, columns, flops, numbers)
+
+
+def _left_first(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
+    """Which side meets G_b on the chip: the narrower one; a tile has three times as many columns as rows to leave."""
+    return right is None or (left is not None and 2 * left.shape[1] < right.shape[1])
+
+
+@_op.kernel("cuda", refuses=_conv_products.refuses, loses=_cuda_loses, route=_conv_products.route)
+def conv_sketch_cuda(
+    act: torch.Tensor, grad: torch.Tensor, left: torch.Tensor | None, right: torch.Tensor | None, *geometry: Any
+) -> torch.Tensor:
+    if _empty(act, grad, left, right):
+        return _op.reference(act, grad, left, right, *geometry)
+    return by_cuda_route(_conv_cuda.choose(act, grad, geometry[4]), act, grad, left, right, *geometry)
+
+
+def by_cuda_route(
+    route: str,
+    act: torch.Tensor,
+    grad: torch.Tensor,
+    left: torch.Tensor | None,
+    right: torch.Tensor | None,
+    *geometry: Any,
+) -> torch.Tensor:
+    """The CUDA kernel by a route of one's own choice; nothing may be empty.
+
+    One side meets G_b while its tiles are in registers; what is left, O × Q or P × I, meets the other in torch.
+    """
+    out, bias = _fake(act, grad, left, right, *geometry), bool(geometry[-1])
+    left, right = (None if side is None else side.to(out.dtype) for side in (left, right))
+    I = features(act, *geometry) - bias
+    if right is None or _left_first(left, right):
+        mixers = None if left is None else left.mT
+        for part, rows in _conv_products.products(route, act, grad, geometry, rows=mixers):  # [b, P, I]
+            out[part, :, : None if right is not None else I] = rows if right is None else rows @ right[:I]
+    else:
+        for part, columns in _conv_products.products(route, act, grad, geometry, columns=right[:I].mT):  # [b, Q, O]
+            out[part] = columns.mT if left is None else left.mT @ columns.mT
+    if bias:
+        total = _conv_cuda.bias_gradients(grad, out.dtype)  # [B, O]
+        total = total if left is None else total @ left
+        if right is None:
+            out[:, :, -1] = total
+        else:
+            out += total[:, :, None] * right[-1]
     return out

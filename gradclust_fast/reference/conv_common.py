@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from itertools import product
 
@@ -92,6 +93,9 @@ def filtered(
     if n == 0:  # torch refuses a convolution without filters
         one = filters.new_zeros(1, filters.shape[1])
         return filtered(act, one, kernel_size, stride, padding, dilation, groups, bias)[:, :, :0]
+    if channels == 0:  # torch would return nothing, not even the constant
+        act, channels = act.new_zeros(act.shape[0], groups, *act.shape[2:]), 1
+        filters = torch.cat([filters.new_zeros(n, math.prod(kernel_size)), filters], 1)
     constant = filters[:, -1].repeat(groups) if bias else None
     weight = (filters[:, :-1] if bias else filters).reshape(n, channels, *kernel_size)
     weight = weight.repeat(groups, *[1] * (weight.dim() - 1))

@@ -30,7 +30,7 @@ def conv_sketch(
     B, O, C, T = act.shape[0], grad.shape[1], act.shape[1] // groups, grad.shape[2:].numel()
     rows = group_rows(grad, groups)  # [B, groups, O/groups, T]
     if left is not None:
-        rows = left.to(rows.dtype).reshape(groups, O // groups, -1).mT @ rows  # [B, groups, P, T]
+        rows = left.to(rows.dtype).reshape(groups, O // groups, left.shape[1]).mT @ rows  # [B, groups, P, T]
     P = rows.shape[2]
     if right is not None:
         filters = right.to(rows.dtype).mT  # [Q, I (+ 1)]
