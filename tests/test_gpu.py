@@ -472,14 +472,17 @@ def bound(name, args, kwargs):
     return {key: value for key, value in signature.arguments.items() if key not in ("act", "grad")}
 
 
-@on_device
-@pytest.mark.parametrize("size, geometry", [((30, 40), {"kernel_size": 3, "padding": 1}),
-                                            ((31, 41), {"kernel_size": 3, "padding": 1, "stride": 2}),
-                                            ((14, 14), {"kernel_size": 1, "stride": 2}),
-                                            ((28, 28), {"kernel_size": 5, "padding": 2, "dilation": 2, "groups": 2}),
-                                            ((6, 8, 32), {"kernel_size": 3, "padding": 1})])  # fmt: skip
-@pytest.mark.parametrize("what", ["sqnorm", "moments"])
-def test_convolutions_fetched_by_bulk_copies_and_by_cp_async_give_the_same_bits(what, size, geometry):
+BULK = [  # channels-last images of 64 channels, whose tiles bulk tensor copies fetch where the device has them
+    pytest.param((30, 40), {"kernel_size": 3, "padding": 1}, id="padded"),
+    pytest.param((31, 41), {"kernel_size": 3, "padding": 1, "stride": 2}, id="strided"),
+    pytest.param((14, 14), {"kernel_size": 1, "stride": 2}, id="every-second-pixel"),
+    pytest.param((28, 28), {"kernel_size": 5, "padding": 2, "dilation": 2, "groups": 2}, id="dilated-groups"),
+    pytest.param((6, 8, 32), {"kernel_size": 3, "padding": 1}, id="3d"),
+]
+
+
+def bulk_call(what, size, geometry):
+    """The name of a convolution's op, its arguments, and it by a route of one's own choice."""
     act = torch.randn(3, *size, 64, device=DEVICE, dtype=torch.bfloat16).movedim(-1, 1)
     layer = [torch.nn.Conv1d, torch.nn.Conv2d, torch.nn.Conv3d][len(size) - 1](64, 128, **geometry)
     grad = torch.randn_like(layer.to(DEVICE, torch.bfloat16)(act)).movedim(1, -1).contiguous().movedim(-1, 1)
@@ -487,23 +490,37 @@ def test_convolutions_fetched_by_bulk_copies_and_by_cp_async_give_the_same_bits(
     if "cuda" not in runnable(name, (act, grad), geometry):
         pytest.skip("no CUDA kernels")
     args = OPS[name].prepare(act, grad, **bound(name, (act, grad), geometry))
+    return name, (act, grad), lambda route: outputs(module.by_cuda_route(route, *args))
+
+
+@on_device
+@pytest.mark.parametrize("size, geometry", BULK)
+@pytest.mark.parametrize("what", ["sqnorm", "moments"])
+def test_convolutions_fetched_by_bulk_copies_and_by_cp_async_give_the_same_bits(what, size, geometry):
+    name, factors, by_route = bulk_call(what, size, geometry)
     with gf.backend("cuda"):
-        route = gf.explain(name, act, grad, **geometry).route
+        route = gf.explain(name, *factors, **geometry).route
         assert ("bulk" in route) == (torch.cuda.get_device_capability() >= (9, 0)), route
-        expected = outputs(module.by_cuda_route("tiles_cp_async", *args))
-        exact = [each.cpu() for each in expected]
-        check(name, (act.cpu(), grad.cpu()), geometry, torch.bfloat16)
-        for _ in range(20):
-            found = outputs(module.by_cuda_route("tiles", *args))
-            assert all(map(torch.equal, found, expected))
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):  # the tensor maps are part of the captured launch
-            captured = outputs(module.by_cuda_route("tiles", *args))
+    check(name, tuple(factor.cpu() for factor in factors), geometry, torch.bfloat16)
+    expected = by_route("tiles_cp_async")
+    for _ in range(20):
+        assert all(map(torch.equal, by_route("tiles"), expected))
+
+
+@on_device
+@pytest.mark.parametrize("what", ["sqnorm", "moments"])
+def test_the_maps_of_bulk_copies_are_part_of_a_captured_launch(what):
+    _, _, by_route = bulk_call(what, *BULK[0].values)
+    expected = by_route("tiles_cp_async")
+    by_route("tiles")
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = by_route("tiles")
     for each in captured:
         each.zero_()
     graph.replay()
     torch.cuda.synchronize()
-    assert all(torch.equal(each.cpu(), other) for each, other in zip(captured, exact))
+    assert all(map(torch.equal, captured, expected))
 
 
 @on_device
