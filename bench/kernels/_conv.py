@@ -74,6 +74,10 @@ class Layer:
             "layer's weight gradient": self.weight_gradient,
         }
 
+    def in_cuda(self, op: str, *tensors: torch.Tensor) -> bool:
+        """Whether the CUDA kernel is chosen, which makes G_b whatever that costs."""
+        return gf.explain(op, self.act, self.grad, *tensors, **self.geometry).backend == "cuda"
+
     def composed(self, op: Callable[..., Any], *tensors: torch.Tensor) -> dict[str, Callable[[], Any]]:
         """The op's reference: torch's convolutions and products, nothing unfolded."""
 

@@ -25,7 +25,7 @@ def cases() -> Iterator[Case]:
             f"{layer.label} K={K}",
             lambda layer=layer, D=D, A=A: gf.ops.conv_dot(layer.act, layer.grad, D, A, **layer.geometry),
             layer.baselines(lambda G, D=D, A=A: ((G @ A.mT) * D.mT).sum(1)) | layer.composed(gf.ops.conv_dot, D, A),
-            flops=2 * layer.B * min(routes),
+            flops=2 * layer.B * (routes[1] if layer.in_cuda("conv_dot", D, A) else min(routes)),
             bytes=layer.bytes(K * (I + O) + layer.B * K),
             dtype=layer.dtype,
         )

@@ -37,7 +37,7 @@ def cases() -> Iterator[Case]:
             ),
             layer.baselines(lambda G, left=left, right=right: left.mT @ G @ right)
             | layer.composed(gf.ops.conv_sketch, left, right),
-            flops=2 * layer.B * min(routes),
+            flops=2 * layer.B * (routes[2] if layer.in_cuda("conv_sketch", left, right) else min(routes)),
             bytes=layer.bytes(left.numel() + right.numel() + layer.B * P * Q),
             dtype=layer.dtype,
         )

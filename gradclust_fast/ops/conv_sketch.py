@@ -170,7 +170,10 @@ def _cuda_loses(
 
 
 def _left_first(left: torch.Tensor | None, right: torch.Tensor | None) -> bool:
-    """Which side meets G_b on the chip: the narrower one; a tile has three times as many columns as rows to leave."""
+    """Whether left meets G_b on the chip.
+
+    It leaves a tile's columns, three times as many as its rows: right goes first unless it is more than twice as wide.
+    """
     return right is None or (left is not None and 2 * left.shape[1] < right.shape[1])
 
 
