@@ -251,7 +251,7 @@ def launches(meter: Meter) -> Iterator[Figure]:
         "norm_grads": ("norm_grads", OPS["norm_grads"].prepare(act, act, None, 1e-5, False)),
         "assign_points": ("assign_points", (vectors, centers, None)),
         "cluster_sums": ("cluster_sums", (vectors, labels, 5)),
-        "sign_product": ("sign_product", (vectors, 256, 1, 2, 0.5)),
+        "sign_product": ("sign_product", (vectors, 256, 1, 2, 0.5, False)),
     }
     yield Figure("host microseconds: torch.mm", meter.host_microseconds(lambda: torch.mm(vectors, right)))
     for label, (name, args) in calls.items():

@@ -57,11 +57,12 @@ inline NormFactors norm(const NormTuple& t) {
           t[10]};
 }
 
-// (vectors, dtype, B, D, stride, R, key, key)
-using SignTuple = std::array<int64_t, 8>;
+// (vectors, dtype, B, D, stride, R, key, key, transposed)
+using SignTuple = std::array<int64_t, 9>;
 
 inline SignFactors signs(const SignTuple& t, double scale) {
-  return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4], t[5], uint32_t(t[6]), uint32_t(t[7]), scale};
+  return {pointer(uintptr_t(t[0])), DType(t[1]), t[2], t[3], t[4], t[5], uint32_t(t[6]), uint32_t(t[7]),
+          t[8] != 0, scale};
 }
 
 }  // namespace gradclust

@@ -176,9 +176,10 @@ def rows(points: torch.Tensor) -> tuple[int, ...]:
     return points.data_ptr(), DTYPES[points.dtype], *points.shape, points.stride(0)
 
 
-def signs(vectors: torch.Tensor, dim: int, key0: int, key1: int) -> tuple[int, ...]:
+def signs(vectors: torch.Tensor, dim: int, key0: int, key1: int, transposed: bool) -> tuple[int, ...]:
     """csrc/tuples.h:SignTuple of vectors [B, D] with last stride 1."""
-    return vectors.data_ptr(), DTYPES[vectors.dtype], *vectors.shape, vectors.stride(0), dim, key0, key1
+    stride = vectors.stride(0)
+    return vectors.data_ptr(), DTYPES[vectors.dtype], *vectors.shape, stride, dim, key0, key1, int(transposed)
 
 
 def with_workspace(function: Any, *args: Any, threads: int) -> None:

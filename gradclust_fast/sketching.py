@@ -135,8 +135,7 @@ class Sketch:
             [B, dim], to be added over parameters; with ``reduce=False`` [B, P_l·Q_l], to be concatenated.
         """
         name = canonical_name(name)
-        left, right = self._thin(name, factors.matrix_shape, factors.dtype, factors.device)
-        first = factors.sketch(left, right).flatten(1)  # [B, P_l·Q_l]
+        first = self._first(name, factors)
         if not self.reduce:
             return first
         reduced = generated(first, self.dim, self._key(name, "second"), 1 / math.sqrt(self.dim))
@@ -155,6 +154,17 @@ class Sketch:
         if not self.reduce:
             return left, right, None
         return left, right, self._second(name, math.prod(self.stages(matrix_shape)), dtype, device)
+
+    def _first(self, name: str, factors: Factors) -> Tensor:
+        """[B, P_l·Q_l]. A long vector's matrix (a bias's) is not thin, so it is made on the way as well."""
+        (rows, cols), (P, Q) = factors.matrix_shape, self.stages(factors.matrix_shape)
+        if min(rows, cols) == 1 and max(rows, cols) > P * Q:
+            vectors, which = factors.sketch(None, None).flatten(1), "left" if cols == 1 else "right"
+            made = generated(vectors, P * Q, self._key(name, which), 1 / math.sqrt(P * Q), transposed=True)
+            if made is not None:
+                return made
+        left, right = self._thin(name, factors.matrix_shape, factors.dtype, factors.device)
+        return factors.sketch(left, right).flatten(1)
 
     def _thin(
         self, name: str, matrix_shape: tuple[int, int], dtype: torch.dtype, device: torch.device

@@ -245,9 +245,11 @@ def test_norm_grads(dtype, shape, options):
 
 
 @on_device
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("B, D, R", [(0, 5, 3), (3, 0, 4), (1, 127, 65), (300, 1030, 70), (70, 45, 8500)])
-def test_sign_product(dtype, B, D, R):
-    check("sign_product", (torch.randn(B, D).to(dtype), R, (0x12345678, 0x9ABCDEF0), 0.3), {}, dtype)
+def test_sign_product(dtype, B, D, R, transposed):
+    vectors, key = torch.randn(B, D).to(dtype), (0x12345678, 0x9ABCDEF0)
+    check("sign_product", (vectors, R, key, 0.3), {"transposed": transposed}, dtype)
 
 
 @on_device

@@ -3,7 +3,7 @@ from __future__ import annotations
 import cuda_on_host
 import pytest
 import torch
-from test_sketching import model_factors, total
+from test_sketching import LinearFactors, model_factors, total
 from tolerances import assert_close_to_oracle
 
 import gradclust_fast as gf
@@ -24,26 +24,32 @@ GRID = [  # B, D, R, why
 ]
 
 
-def signs(R, D, dtype=torch.float64, key=KEY):
-    return sign_matrix(R, D, key, dtype, CPU)
+WAYS = pytest.mark.parametrize("transposed", [False, True], ids=["by-output", "by-entry"])
 
 
+def signs(R, D, dtype=torch.float64, key=KEY, transposed=False):
+    """[R, D]"""
+    return sign_matrix(D, R, key, dtype, CPU).T if transposed else sign_matrix(R, D, key, dtype, CPU)
+
+
+@WAYS
 @pytest.mark.parametrize("B, D, R", GRID)
-def test_matches_the_stored_matrix(backend, dtype, B, D, R):
+def test_matches_the_stored_matrix(backend, dtype, B, D, R, transposed):
     vectors, scale = torch.randn(B, D).to(dtype), 0.3
-    out = gf.ops.sign_product(vectors, R, KEY, scale)
+    out = gf.ops.sign_product(vectors, R, KEY, scale, transposed)
     assert out.shape == (B, R) and out.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
     assert out.is_contiguous()
-    oracle = vectors.double() @ (scale * signs(R, D)).T
-    eager = vectors.to(out.dtype) @ (scale * signs(R, D, out.dtype)).T
+    oracle = vectors.double() @ (scale * signs(R, D, transposed=transposed)).T
+    eager = vectors.to(out.dtype) @ (scale * signs(R, D, out.dtype, transposed=transposed)).T
     assert_close_to_oracle(out, oracle, eager, dtype)
 
 
+@WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("key", [KEY, (0, 0), (2**32 - 1, 2**32 - 1)])
-def test_its_signs_are_the_definitions_bits(backend, key, dtype):
-    out = gf.ops.sign_product(torch.eye(270, dtype=dtype), 70, key)
-    assert torch.equal(out, signs(70, 270, dtype, key).T)
+@pytest.mark.parametrize("key", [KEY, (2**32 - 1, 2**32 - 1)])
+def test_its_signs_are_the_definitions_bits(backend, key, dtype, transposed):
+    out = gf.ops.sign_product(torch.eye(270, dtype=dtype), 200, key, transposed=transposed)
+    assert torch.equal(out, signs(200, 270, dtype, key, transposed).T)
 
 
 def test_float32_numbers_keep_all_of_their_bits(backend):
@@ -79,35 +85,43 @@ def test_nan_and_infinity_stay_in_their_own_rows(backend, dtype):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@WAYS
 @pytest.mark.parametrize("name", ["cpu", pytest.param("cuda", marks=pytest.mark.skipif(
     cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable())))])  # fmt: skip
-def test_a_rows_bits_do_not_depend_on_the_batch_nor_on_the_threads(name, dtype):
+def test_a_rows_bits_do_not_depend_on_the_batch_nor_on_the_threads(name, dtype, transposed):
     vectors = torch.randn(70, 270, dtype=dtype)
+
+    def product(rows, R=290):
+        return gf.ops.sign_product(rows, R, KEY, 0.3, transposed)
+
     with gf.backend(name):
-        whole, few = (gf.ops.sign_product(rows, 290, KEY, 0.3) for rows in (vectors, vectors[:65, :40]))
-        assert torch.equal(gf.ops.sign_product(vectors, 290, KEY, 0.3), whole)
+        whole, few = (product(rows) for rows in (vectors, vectors[:65, :40]))
+        assert torch.equal(product(vectors), whole)
         threads = torch.get_num_threads()
         try:
             for count in (1, 3) if name == "cpu" else ():
                 torch.set_num_threads(count)
-                assert torch.equal(gf.ops.sign_product(vectors, 290, KEY, 0.3), whole)
+                assert torch.equal(product(vectors), whole)
         finally:
             torch.set_num_threads(threads)
         for part in (vectors[:1], vectors[:5], vectors[:33]):
-            assert torch.equal(gf.ops.sign_product(part, 290, KEY, 0.3), whole[: len(part)])
-        if name == "cpu" or dtype == torch.float32:  # more outputs: the CUDA kernel's larger tiles
-            assert torch.equal(gf.ops.sign_product(vectors[:65, :40], 8500, KEY, 0.3)[:, :290], few)
+            assert torch.equal(product(part), whole[: len(part)])
+        if name == "cpu" or (dtype == torch.float32 and not transposed):  # more outputs: the CUDA kernel's larger tiles
+            assert torch.equal(product(vectors[:65, :40], 8500)[:, :290], few)
 
 
 @pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable()))
-@pytest.mark.parametrize("B, R, order", [(40, 70, 0), (40, 70, 1), (40, 70, 2), (40, 70, 3), (70, 8400, 3)])
+@pytest.mark.parametrize(
+    "B, R, order", [(40, 70, 0), (40, 70, 1), (40, 70, 2), (40, 70, 3), (70, 8400, 3), (40, 70, -3)]
+)
 def test_the_cuda_kernel_in_every_order_of_threads(monkeypatch, dtype, B, R, order):
+    transposed = order < 0
     emulator, vectors = cuda_on_host.emulated(monkeypatch), torch.randn(B, 45).to(dtype)
-    emulator.set_order(order)
+    emulator.set_order(abs(order))
     with gf.backend("cuda"):
-        out = gf.ops.sign_product(vectors, R, KEY)
-    eager = vectors.to(out.dtype) @ signs(R, 45, out.dtype).T
-    assert_close_to_oracle(out, vectors.double() @ signs(R, 45).T, eager, dtype)
+        out = gf.ops.sign_product(vectors, R, KEY, transposed=transposed)
+    eager = vectors.to(out.dtype) @ signs(R, 45, out.dtype, transposed=transposed).T
+    assert_close_to_oracle(out, vectors.double() @ signs(R, 45, transposed=transposed).T, eager, dtype)
 
 
 @pytest.mark.skipif(cuda_on_host.unavailable() is not None, reason=str(cuda_on_host.unavailable()))
@@ -128,18 +142,20 @@ def test_the_cuda_kernel_follows_torchs_precision_of_float32_products(monkeypatc
         torch.set_float32_matmul_precision(setting)
 
 
-def test_the_definition_makes_the_matrix_in_parts(monkeypatch):
+@WAYS
+def test_the_definition_makes_the_matrix_in_parts(monkeypatch, transposed):
     with gf.backend("reference"):
-        expected = signs(50, 300, torch.float32).T
+        expected = signs(50, 300, torch.float32, transposed=transposed).T
         for chunk in (1, 128, 1000):
             monkeypatch.setattr(reference.sign_product, "CHUNK", chunk)
-            assert torch.equal(gf.ops.sign_product(torch.eye(300), 50, KEY), expected)
+            assert torch.equal(gf.ops.sign_product(torch.eye(300), 50, KEY, transposed=transposed), expected)
 
 
-def test_no_backend_holds_the_matrix(backend, monkeypatch):
+@WAYS
+def test_no_backend_holds_the_matrix(backend, monkeypatch, transposed):
     monkeypatch.setattr(reference.sign_product, "CHUNK", 1 << 12)
     vectors = torch.randn(2, 1024)
-    assert peak_bytes(lambda: gf.ops.sign_product(vectors, 256, KEY)) < 256 * 1024  # of 1 MiB
+    assert peak_bytes(lambda: gf.ops.sign_product(vectors, 256, KEY, 1.0, transposed)) < 256 * 1024  # of 1 MiB
 
 
 def test_a_sketch_is_the_same_by_every_way_and_keeps_only_thin_matrices(backend):
@@ -152,6 +168,18 @@ def test_a_sketch_is_the_same_by_every_way_and_keeps_only_thin_matrices(backend)
     torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-12)
     kept = [key for key in sketch._cache if key[1] == "second"]
     assert len(kept) == (len(factors) if backend == "reference" else 0)
+
+
+@pytest.mark.parametrize("shape", [(300, 1), (1, 300)], ids=["column", "row"])
+def test_the_first_stage_of_a_long_vector_is_made_on_the_way_too(backend, shape):
+    act, grad = torch.randn(4, 3, shape[1]), torch.randn(4, 3, shape[0])
+    factors, sketch = LinearFactors(act, grad), gf.Sketch(sides=(8, 8), reduce=False)
+    left, right, _ = sketch.matrices("b", shape, torch.float32, CPU)
+    assert (right if left is None else left).shape == (300, 64)
+    fresh = gf.Sketch(sides=(8, 8), reduce=False)
+    out = fresh.apply("b", factors)
+    torch.testing.assert_close(out, factors.sketch(left, right).flatten(1), rtol=1e-5, atol=1e-4)
+    assert len(fresh._cache) == (1 if backend == "reference" else 0)
 
 
 @pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
@@ -188,6 +216,8 @@ def test_other_backends_sketch_with_the_stored_matrix():
         ((torch.ones(3, 2), 4, (1, 2**32)), ValueError, r"key must be two integers in \[0, 2³²\), got \(1, 42949"),
         ((torch.ones(3, 2), 4, KEY, float("nan")), ValueError, "scale must be finite, got nan"),
         ((torch.ones(3, 2), 4, KEY, "a"), TypeError, "scale must be a number, got str"),
+        ((torch.ones(3, 2), 4, KEY, 1.0, 1.5), TypeError, "transposed must be True or False, got float"),
+        ((torch.ones(1).expand(1, 2**32), 4, KEY, 1.0, True), ValueError, "vectors must be shorter than 2³²"),
     ],
 )
 def test_wrong_arguments_are_named(backend, arguments, error, message):
@@ -203,7 +233,7 @@ def test_backward_raises(backend):
 
 @pytest.mark.parametrize("B, D, R", [(3, 6, 5), (0, 3, 2), (2, 200, 70)])
 def test_opcheck(B, D, R):
-    torch.library.opcheck(torch.ops.gradclust_fast.sign_product.default, (torch.randn(B, D), R, *KEY, 0.5))
+    torch.library.opcheck(torch.ops.gradclust_fast.sign_product.default, (torch.randn(B, D), R, *KEY, 0.5, B == 3))
 
 
 def test_explain_says_that_signs_are_made_on_the_way(backend):

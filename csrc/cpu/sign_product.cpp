@@ -57,6 +57,41 @@ __attribute__((noinline)) void spread(acc* panel, const typename Bits<acc>::type
   }
 }
 
+// The 128 signs of Philox at counters (block, column + k, 0, 0), for `depth` columns: two words a column.
+template <typename acc>
+void make_columns(uint64_t* columns, const SignFactors& f, int64_t output, int64_t column, int64_t depth) {
+  constexpr int N = int(NR<acc>);
+  typename Bits<acc>::type words[4 * N];
+  for (int64_t k = 0; k < depth; k += N) {
+    philox_words<acc>(words, uint32_t(output / 128), uint32_t(column + k), f.key0, f.key1);
+    for (int i = 0; i < N && k + i < depth; ++i) {
+      columns[2 * (k + i)] = uint64_t(words[i]) | uint64_t(words[N + i]) << 32;
+      columns[2 * (k + i) + 1] = uint64_t(words[2 * N + i]) | uint64_t(words[3 * N + i]) << 32;
+    }
+  }
+}
+
+// As `spread`, from columns whose bits are neighbouring outputs; the panel begins at bit `first`.
+template <typename acc>
+__attribute__((noinline)) void spread_columns(acc* panel, const uint64_t* columns, int64_t first, int64_t width,
+                                              int64_t depth, acc scale) {
+  using bits_t = typename Bits<acc>::type;
+  typedef bits_t bits_v __attribute__((vector_size(GRADCLUST_VECTOR_BYTES)));
+  typedef bits_t loose __attribute__((vector_size(GRADCLUST_VECTOR_BYTES), aligned(4), may_alias));
+  constexpr int L = LANES<acc>;
+  bits_t positive;
+  memcpy(&positive, &scale, sizeof scale);
+  const bits_v none = {}, sign = none + (bits_t(1) << (8 * sizeof(acc) - 1)), plus = none + positive;
+  bits_v mine;
+  for (int lane = 0; lane < L; ++lane) mine[lane] = bits_t(1) << lane;
+  for (int64_t k = 0; k < depth; ++k, columns += 2) {
+    uint64_t bits = first < 64 ? columns[0] >> first : columns[1] >> (first - 64);
+    if (first > 0 && first < 64) bits |= columns[1] << (64 - first);
+    for (int64_t v = 0; v < width; v += L, panel += L, bits >>= L)
+      *reinterpret_cast<loose*>(panel) = ((bits_v)(((none + bits_t(bits)) & mine) != none) & sign) ^ plus;
+  }
+}
+
 template <typename acc>
 void make_panel(acc* panel, const SignFactors& f, int64_t output, int64_t width, int64_t column, int64_t depth) {
   typename Bits<acc>::type words[WORDS * NR<acc>];
@@ -76,8 +111,10 @@ void multiply_block(const SignFactors& f, int64_t row, int64_t rows, int64_t out
   using acc = acc_t<in_t>;
   constexpr int64_t M = MR<acc>;
   static thread_local Scratch scratch;
-  const Panels<acc> panels{outputs};
-  const int64_t padded = panels.padded(), padded_rows = round_up(rows, M);
+  // Transposed, a counter serves 128 neighbouring outputs: panels stay inside of such a group.
+  const int64_t group = f.transposed ? 128 : outputs;
+  const int64_t padded = Panels<acc>{outputs}.padded(), padded_rows = round_up(rows, M);
+  uint64_t columns[2 * DEPTH];
   acc* panel = scratch.get<acc>(DEPTH * NR<acc> + padded_rows * (DEPTH + padded));
   acc *x = panel + DEPTH * NR<acc>, *sums = x + padded_rows * DEPTH;  // [rows, DEPTH], [rows, padded]
   const in_t* vectors = static_cast<const in_t*>(f.vectors) + row * f.stride;
@@ -90,9 +127,14 @@ void multiply_block(const SignFactors& f, int64_t row, int64_t rows, int64_t out
       for (int64_t i = 0; i < rows; ++i) convert(vectors + i * f.stride + k, x + i * DEPTH, depth);
       first = x;
     }
-    for (int64_t j = 0; j < outputs; j += NR<acc>) {
-      const int64_t width = panels.width(j);
-      make_panel(panel, f, output + j, width, k, depth);
+    for (int64_t j = 0, begin = 0, width; j < outputs; j += width) {  // begin: of the group
+      if (j == begin + group) begin = j;
+      if (f.transposed && j == begin) make_columns<acc>(columns, f, output + j, k, depth);
+      width = Panels<acc>{min_of(group, outputs - begin)}.width(j - begin);
+      if (f.transposed)
+        spread_columns<acc>(panel, columns, j - begin, width, depth, acc(f.scale));
+      else
+        make_panel(panel, f, output + j, width, k, depth);
       for (int64_t i = 0; i < rows; i += M) {
         RowPointers<acc> a;
         for (int64_t m = 0; m < M; ++m) a.p[m] = first + min_of(i + m, rows - 1) * stride;
@@ -110,14 +152,14 @@ void sign_product_cpu(const SignFactors& f, void* out, int threads) {
   dispatch(f.dtype, [&](auto zero) {
     using in_t = decltype(zero);
     using acc = acc_t<in_t>;
-    const int64_t panels = (f.R + NR<acc> - 1) / NR<acc>;
+    const int64_t unit = f.transposed ? 128 : NR<acc>, panels = (f.R + unit - 1) / unit;  // of outputs that stay together
     int64_t row_blocks = (f.B + ROWS - 1) / ROWS;
     if (threads > 1) row_blocks = max_of(row_blocks, min_of(threads, f.B / (ROWS / 4)));
     const int64_t rows = row_blocks ? round_up((f.B + row_blocks - 1) / row_blocks, MR<acc>) : 0;
-    int64_t most = OUTPUTS / NR<acc>;
+    int64_t most = OUTPUTS / unit;
     // Work for every thread: fewer rows, then fewer outputs a task. What is computed does not depend on it.
     if (threads > 1) most = max_of(1, min_of(most, row_blocks * panels / (2 * threads)));
-    const int64_t groups = (panels + most - 1) / most, each = (panels + groups - 1) / groups * NR<acc>;
+    const int64_t groups = (panels + most - 1) / most, each = (panels + groups - 1) / groups * unit;
 #pragma omp parallel for schedule(dynamic) num_threads(threads)
     for (int64_t task = 0; task < row_blocks * groups; ++task) {
       const int64_t row = task / groups * rows, output = task % groups * each;

@@ -17,17 +17,21 @@ from ._point_checks import cpu_refuses, threads_for, with_unit_stride
 _WORDS = 2**32
 
 
-def sign_product(vectors: torch.Tensor, dim: int, key: Sequence[int], scale: float = 1.0) -> torch.Tensor:
+def sign_product(
+    vectors: torch.Tensor, dim: int, key: Sequence[int], scale: float = 1.0, transposed: bool = False
+) -> torch.Tensor:
     """``scale · vectors Sᵀ`` with a random matrix S [R, D] of ±1, made on the way: the dense stage of a sketch.
 
-    Entry (r, d) of S is a bit of the counter-based generator Philox4x32-10 at a counter made of r and d, so S is the
-    same on every device and backend, a larger ``dim`` adds columns to the result and a longer vector adds terms.
+    Entries of S are bits of the counter-based generator Philox4x32-10 at counters made of their row and column, so S is
+    the same on every device and backend, a larger ``dim`` adds columns to the result and a longer vector adds terms.
 
     Args:
         vectors: [B, D].
         dim: R, how many numbers are kept of each vector: at least 1 and below 2³².
         key: the generator's two 32-bit words; other words give an independent matrix.
         scale: multiplies the signs; with ``1 / sqrt(dim)`` the products keep inner products in expectation.
+        transposed: ``scale · vectors S`` with S [D, R] instead, the generator's rows being the vectors' entries (fewer
+            than 2³²): the first stage of a long vector's sketch. Other signs than without it.
 
     Returns:
         [B, R], float64 for float64 vectors, else float32, in the vectors' units times the scale's. A NaN stays in its
@@ -46,35 +50,37 @@ def sign_product(vectors: torch.Tensor, dim: int, key: Sequence[int], scale: flo
         >>> torch.equal(short, long[:, :4]), long.abs().unique().tolist()
         (True, [1.0])
     """
-    return _op.call(*_prepare(vectors, dim, key, scale))
+    return _op.call(*_prepare(vectors, dim, key, scale, transposed))
 
 
 def _prepare(
-    vectors: torch.Tensor, dim: int, key: Sequence[int], scale: float
-) -> tuple[torch.Tensor, int, int, int, float]:
+    vectors: torch.Tensor, dim: int, key: Sequence[int], scale: float, transposed: bool
+) -> tuple[torch.Tensor, int, int, int, float, bool]:
     if not isinstance(key, Sequence) or isinstance(key, str) or len(key) != 2:
         raise TypeError(f"key must be two integers, got {key!r}; pass the generator's two 32-bit words")
-    return vectors, dim, integer("key", key[0]), integer("key", key[1]), scale
+    return vectors, dim, integer("key", key[0]), integer("key", key[1]), scale, transposed
 
 
-def _check(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float) -> None:
+def _check(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float, transposed: bool) -> None:
     check_floats("vectors", vectors)
     if vectors.dim() != 2:
         raise ValueError(f"vectors must be [B, D], got {shape(vectors)}; flatten each into one row")
     if dim < 1 or dim >= _WORDS:
         raise ValueError(f"dim must be at least 1 and below 2³², got {dim}; the generator counts rows in 32 bits")
+    if transposed and vectors.shape[1] >= _WORDS:
+        raise ValueError(f"vectors must be shorter than 2³² with transposed=True, got {shape(vectors)}; cut them")
     if not (0 <= key0 < _WORDS and 0 <= key1 < _WORDS):
         raise ValueError(f"key must be two integers in [0, 2³²), got ({key0}, {key1}); cut a longer one in two")
     if not math.isfinite(scale):
         raise ValueError(f"scale must be finite, got {scale}; pass e.g. 1 / sqrt(dim)")
 
 
-def _fake(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float) -> torch.Tensor:
+def _fake(vectors: torch.Tensor, dim: int, *_: object) -> torch.Tensor:
     return vectors.new_empty(vectors.shape[0], dim, dtype=accumulator(vectors.dtype))  # [B, R]
 
 
 _op = Op(
-    "sign_product(Tensor vectors, SymInt dim, int key0, int key1, float scale) -> Tensor",
+    "sign_product(Tensor vectors, SymInt dim, int key0, int key1, float scale, bool transposed) -> Tensor",
     check=_check,
     fake=_fake,
     reference=reference.sign_product.sign_product,
@@ -82,7 +88,9 @@ _op = Op(
 )
 
 
-def generated(vectors: torch.Tensor, dim: int, key: tuple[int, int], scale: float) -> torch.Tensor | None:
+def generated(
+    vectors: torch.Tensor, dim: int, key: tuple[int, int], scale: float, transposed: bool = False
+) -> torch.Tensor | None:
     """The product by a kernel that makes the signs as fast as it multiplies, or None where none runs.
 
     Then, and for autograd, a stored matrix is the better way: PyTorch takes a thousand times longer to make it than to
@@ -91,18 +99,20 @@ def generated(vectors: torch.Tensor, dim: int, key: tuple[int, int], scale: floa
     if vectors.requires_grad or current_backend() not in ("auto", "cpu", "cuda"):
         return None
     kernel = _op.kernels.get("cuda" if current_backend() == "cuda" or vectors.is_cuda else "cpu")
-    if kernel is None or kernel.refuses(vectors, dim, *key, scale):
+    if kernel is None or kernel.refuses(vectors, dim, *key, scale, transposed):
         return None
-    return _op.run(vectors, dim, *key, scale)
+    return _op.run(vectors, dim, *key, scale, transposed)
 
 
 @_op.kernel(
     "cpu", refuses=cpu_refuses, route=lambda *_: "signs of a panel of outputs in L1 cache, for 128 rows at a time"
 )
-def sign_product_cpu(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float) -> torch.Tensor:
-    out = _fake(vectors, dim, key0, key1, scale)
+def sign_product_cpu(
+    vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float, transposed: bool
+) -> torch.Tensor:
+    out = _fake(vectors, dim)
     vectors = with_unit_stride(vectors)
-    signs = _native.signs(vectors, dim, key0, key1)
+    signs = _native.signs(vectors, dim, key0, key1, transposed)
     _native._C.sign_product_cpu(signs, scale, out.data_ptr(), threads_for(vectors.numel() * dim))
     return out
 
@@ -136,12 +146,14 @@ def _cuda_refuses(vectors: torch.Tensor, dim: int, *_: object) -> str | None:
     refuses=_cuda_refuses,
     route=lambda *_: "signs made in registers for tensor cores, exact products, added in float32 or float64",
 )
-def sign_product_cuda(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float) -> torch.Tensor:
-    out = _fake(vectors, dim, key0, key1, scale)
+def sign_product_cuda(
+    vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float, transposed: bool
+) -> torch.Tensor:
+    out = _fake(vectors, dim)
     if vectors.shape[0] == 0:
         return out
     vectors = with_unit_stride(vectors)
     parts = pieces() if vectors.dtype == torch.float32 else 3
-    signs = _native.signs(vectors, dim, key0, key1)
+    signs = _native.signs(vectors, dim, key0, key1, transposed)
     _cuda.launch("sign_product_cuda", vectors.device, signs, scale, parts, out.data_ptr())
     return out

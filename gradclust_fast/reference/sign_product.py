@@ -45,10 +45,17 @@ def sign_matrix(
     return (1 - 2 * bits.flatten(1)[:, :cols]).to(dtype)
 
 
-def sign_product(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float) -> torch.Tensor:
-    """vectors (scale·S)ᵀ with S = :func:`sign_matrix` [dim, D], some rows of S at a time."""
+def sign_product(vectors: torch.Tensor, dim: int, key0: int, key1: int, scale: float, transposed: bool) -> torch.Tensor:
+    """vectors (scale·S)ᵀ with S = :func:`sign_matrix` [dim, D], or vectors (scale·S) with S [D, dim]; in parts."""
     vectors = vectors if vectors.dtype == torch.float64 else vectors.float()
     B, D = vectors.shape
+    if transposed:
+        out = vectors.new_zeros(B, dim)
+        step = max(1, CHUNK // max(128, dim))
+        for row in range(0, D, step):
+            signs = sign_matrix(min(step, D - row), dim, (key0, key1), vectors.dtype, vectors.device, row)
+            out += vectors[:, row : row + step] @ (signs * scale)
+        return out
     out = vectors.new_empty(B, dim)  # [B, R]
     step = max(1, CHUNK // max(128, D))
     for row in range(0, dim, step):
