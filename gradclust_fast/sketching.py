@@ -156,9 +156,9 @@ class Sketch:
         return left, right, self._second(name, math.prod(self.stages(matrix_shape)), dtype, device)
 
     def _first(self, name: str, factors: Factors) -> Tensor:
-        """[B, P_l·Q_l]. A long vector's matrix (a bias's) is not thin, so it is made on the way as well."""
+        """[B, P_l·Q_l]. The matrix of a long bias is not thin, so it is made on the way as well."""
         (rows, cols), (P, Q) = factors.matrix_shape, self.stages(factors.matrix_shape)
-        if min(rows, cols) == 1 and max(rows, cols) > P * Q:
+        if getattr(factors, "dense", False) and min(rows, cols) == 1 and max(rows, cols) > P * Q:
             vectors, which = factors.sketch(None, None).flatten(1), "left" if cols == 1 else "right"
             made = generated(vectors, P * Q, self._key(name, which), 1 / math.sqrt(P * Q), transposed=True)
             if made is not None:

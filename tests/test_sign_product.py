@@ -9,6 +9,7 @@ from tolerances import assert_close_to_oracle
 import gradclust_fast as gf
 from bench.memory import peak_bytes
 from gradclust_fast import _native, reference
+from gradclust_fast.layers.base import DenseFactors
 from gradclust_fast.reference.sign_product import sign_matrix
 
 KEY, CPU = (0x12345678, 0x9ABCDEF0), torch.device("cpu")
@@ -172,14 +173,18 @@ def test_a_sketch_is_the_same_by_every_way_and_keeps_only_thin_matrices(backend)
 
 @pytest.mark.parametrize("shape", [(300, 1), (1, 300)], ids=["column", "row"])
 def test_the_first_stage_of_a_long_vector_is_made_on_the_way_too(backend, shape):
-    act, grad = torch.randn(4, 3, shape[1]), torch.randn(4, 3, shape[0])
-    factors, sketch = LinearFactors(act, grad), gf.Sketch(sides=(8, 8), reduce=False)
+    factors, sketch = DenseFactors(torch.randn(4, *shape)), gf.Sketch(sides=(8, 8), reduce=False)
     left, right, _ = sketch.matrices("b", shape, torch.float32, CPU)
     assert (right if left is None else left).shape == (300, 64)
     fresh = gf.Sketch(sides=(8, 8), reduce=False)
     out = fresh.apply("b", factors)
     torch.testing.assert_close(out, factors.sketch(left, right).flatten(1), rtol=1e-5, atol=1e-4)
     assert len(fresh._cache) == (1 if backend == "reference" else 0)
+    if shape[0] == 1:
+        return
+    looked_up = LinearFactors(torch.ones(4, 1, 1), factors.grads.view(4, 1, 300))  # never multiplied out
+    torch.testing.assert_close(fresh.apply("b", looked_up), out, rtol=1e-5, atol=1e-4)
+    assert len(fresh._cache) == 1
 
 
 @pytest.mark.skipif(_native.cpu_unavailable() is not None, reason=str(_native.cpu_unavailable()))
@@ -216,7 +221,7 @@ def test_other_backends_sketch_with_the_stored_matrix():
         ((torch.ones(3, 2), 4, (1, 2**32)), ValueError, r"key must be two integers in \[0, 2³²\), got \(1, 42949"),
         ((torch.ones(3, 2), 4, KEY, float("nan")), ValueError, "scale must be finite, got nan"),
         ((torch.ones(3, 2), 4, KEY, "a"), TypeError, "scale must be a number, got str"),
-        ((torch.ones(3, 2), 4, KEY, 1.0, 1.5), TypeError, "transposed must be True or False, got float"),
+        ((torch.ones(3, 2), 4, KEY, 1.0, "yes"), TypeError, "transposed must be True or False, got str"),
         ((torch.ones(1).expand(1, 2**32), 4, KEY, 1.0, True), ValueError, "vectors must be shorter than 2³²"),
     ],
 )

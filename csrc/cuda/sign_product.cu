@@ -33,6 +33,7 @@ template <typename acc, int PIECES, int ROWS> struct Tile;
 template <int PIECES, int ROWS> struct Tile<float, PIECES, ROWS> {
   static constexpr int PITCH = DEPTH + 8, BYTES = PIECES * ROWS * PITCH * 2;
   // The parts are cut off, not rounded, so that none overflows; only where fewer than three are asked the last is rounded.
+  // A NaN that comes from the product with scale is a quiet one: its upper bits tell it from infinity.
   static __device__ void put(unsigned char* tile, int row, int column, const float (&value)[4]) {
     uint32_t part[PIECES][4];
 #pragma unroll
@@ -42,7 +43,6 @@ template <int PIECES, int ROWS> struct Tile<float, PIECES, ROWS> {
       for (int p = 0; p < PIECES; ++p) {
         uint32_t bits = __float_as_uint(rest);
         bool finite = (bits & 0x7f800000u) != 0x7f800000u;
-        if (rest != rest) bits = 0x7fc00000u;  // a NaN's bits may all be among those cut off
         if (p == PIECES - 1 && finite) bits += 0x7fffu + (bits >> 16 & 1);
         part[p][j] = bits >> 16;
         rest = finite ? rest - __uint_as_float(bits & 0xffff0000u) : 0.0f;

@@ -29,6 +29,8 @@ class Factors(ABC):
 
     shape: torch.Size
     """The parameter's own shape."""
+    dense: ClassVar[bool] = False
+    """Whether the gradients are stored as they are, so that ``sketch(None, None)`` costs nothing."""
 
     @property
     @abstractmethod
@@ -141,6 +143,8 @@ class Factors(ABC):
 
 class DenseFactors(Factors):
     """Per-example gradients that are small enough to be stored: biases and other vectors. grads: [B, *shape]."""
+
+    dense = True
 
     def __init__(self, grads: torch.Tensor) -> None:
         self.grads = grads
