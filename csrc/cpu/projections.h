@@ -68,10 +68,11 @@ void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, doub
   using acc = acc_t<in_t>;
   constexpr int64_t M = MR<acc>;
   const int64_t F = side.F, ld = side.strip_width(), columns = side.columns();
-  auto row = [&](int64_t r) {
+  const in_t* row[MOST_ROWS];  // repeated past the last one
+  for (int64_t r = 0; r < round_up(block.count, M); ++r) {
     int64_t position = block.first + min_of(r, block.count - 1);
-    return side.rows + position / block.T * side.stride_b + position % block.T * side.stride_t;
-  };
+    row[r] = side.rows + position / block.T * side.stride_b + position % block.T * side.stride_t;
+  }
   for (int64_t r = 0; r < round_up(block.count, M); ++r)
     memcpy(strip + r * ld, side.constants(), size_t(side.identity_begin()) * sizeof(acc));
   if (sqnorm)
@@ -80,17 +81,17 @@ void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, doub
     int64_t n = min_of(BLOCK_DEPTH, F - k0);
     bool ready = as_accumulator(side.rows) != nullptr;
     if (!ready && columns)
-      for (int64_t r = 0; r < block.count; ++r) convert(row(r) + k0, converted + r * BLOCK_DEPTH, n);
+      for (int64_t r = 0; r < block.count; ++r) convert(row[r] + k0, converted + r * BLOCK_DEPTH, n);
     if (sqnorm)
       for (int64_t r = 0; r < block.count; ++r)
-        sqnorm[r] += ready || !columns ? row_sqnorm(row(r) + k0, n) : row_sqnorm(converted + r * BLOCK_DEPTH, n);
+        sqnorm[r] += ready || !columns ? row_sqnorm(row[r] + k0, n) : row_sqnorm(converted + r * BLOCK_DEPTH, n);
     for (int64_t begin = 0; begin < columns; begin += NR<acc>) {
       int64_t width = Panels<acc>{columns}.width(begin);
       const acc* panel = side.packed + begin * F + k0 * width;
       for (int64_t r = 0; r < block.count; r += M) {
         RowPointers<acc> a;
         for (int64_t i = 0; i < M; ++i)
-          a.p[i] = ready ? as_accumulator(row(r + i)) + k0 : converted + min_of(r + i, block.count - 1) * BLOCK_DEPTH;
+          a.p[i] = ready ? as_accumulator(row[r + i]) + k0 : converted + min_of(r + i, block.count - 1) * BLOCK_DEPTH;
         if (ready && begin == 0 && k0 + n < F)  // the same rows' next block comes from memory meanwhile
           for (int64_t i = 0; i < M; ++i)
             for (int64_t k = 0; k < BLOCK_DEPTH; k += 64 / int64_t(sizeof(acc))) __builtin_prefetch(a.p[i] + n + k);
@@ -101,7 +102,7 @@ void project(const Side<in_t>& side, const Rows& block, acc_t<in_t>* strip, doub
   if (side.identity)
     for (int64_t r = 0; r < block.count; ++r) {
       acc* to = strip + r * ld + side.identity_begin();
-      convert(row(r), to, F);
+      convert(row[r], to, F);
       if (side.constant) to[F] = 1;
     }
 }
