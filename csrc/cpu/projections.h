@@ -7,7 +7,7 @@ namespace gradclust::GRADCLUST_ISA {
 namespace {
 
 constexpr int64_t MOST_ROWS = 64;
-constexpr int64_t BLOCK_DEPTH = 128;
+constexpr int64_t BLOCK_DEPTH = 256;
 constexpr int64_t STRIP_BYTES = 256 << 10;  // both strips of a block: half an L2 cache
 
 // One factor and the columns it meets: [projection | centres, rank by rank], packed over the F features.
