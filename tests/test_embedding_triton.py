@@ -75,6 +75,13 @@ def test_a_row_that_one_example_repeats_past_its_piece(small, name):
     check(name, torch.zeros(1, 40, dtype=torch.long), torch.randn(1, 40, 3), num_embeddings=1)
 
 
+def test_a_row_whose_parts_lie_many_pieces_apart(monkeypatch):
+    moments = importlib.import_module("gradclust_fast.triton_kernels.embedding_moments")
+    monkeypatch.setattr(moments, "moment_pieces", lambda *_: moments.Pieces(4, 64, 16))
+    index, grad = torch.zeros(3, 75, dtype=torch.long), torch.randn(3, 75, 3)  # an example is 18 pieces long
+    check("embedding_moments", index, grad, num_embeddings=2)
+
+
 def test_many_examples_of_one_row_keep_their_digits():
     grad = 1000 + torch.randn(500, 4, 2)
     first, second = gf.ops.embedding_moments(torch.zeros(500, 4, dtype=torch.long), grad, num_embeddings=2)

@@ -130,7 +130,7 @@ def gram_tiles(rows: int, dtype: torch.dtype, precision: str, target: Target, al
     if target.interpreter:
         return Tiles(64, 64, 8, 4, 1)
     if dtype == torch.float32 and precision != "tf32":
-        return Tiles(32, 16, 16, 4, 1)
+        return Tiles(32, 16, 16, 4 if aligned else 8, 1)
     n = blocks(rows, 128)
     if target.capability < (9, 0) or not aligned:  # mma's factors, or every element's address, take registers too
         return Tiles(64, 32, 16, 8, 2)
@@ -179,6 +179,8 @@ def _pairs(act: torch.Tensor, grad: torch.Tensor, center: torch.Tensor, out: tor
     factor = unit(*act.stride()[:2], *grad.stride()[:2])
     tiling = gram_tiles(B * T, act.dtype, precision, target, factor > 1)
     packed = tiling.rows >= 2 * T
+    if act.dtype == torch.float32 and tiling.rows == 32 and not packed:
+        tiling = tiling._replace(warps=8)  # the sum of a long example's tiles beside two products: 4 would spill
     E = min(tiling.rows // T, tiling.examples) if packed else 1
     n = blocks(B, E)
     launch(

@@ -112,6 +112,8 @@ def grad_quantities_kernel(
         if INDEX:
             looked_up = tl.load(grad_ptr + example * T + position, mask=live, other=0)
             counted = live & (looked_up != padding)
+        else:
+            grad_row = example * (stride_grad_b * UNIT) + position * (stride_grad_t * UNIT)
         act_dots = tl.zeros((ROWS, COLUMNS), tl.float32)
         grad_dots = tl.zeros((ROWS, COLUMNS), tl.float32)
         act_side = tl.zeros((ROWS, RIGHT), tl.float32)
@@ -140,7 +142,6 @@ def grad_quantities_kernel(
                 wanted = counted[:, None] & (p < P)[None, :]
                 grad_side = tl.load(left_ptr + numbers, mask=wanted, other=0.0).to(tl.float32)
         else:
-            grad_row = example * (stride_grad_b * UNIT) + position * (stride_grad_t * UNIT)
             grad_dots, grad_side, grad_squares, grad_exponent = _meet(
                 grad_ptr, grad_row, live, O, center_grad_ptr, stride_center_grad * UNIT_CENTER, column, K, grad_dots,
                 left_ptr, stride_left * UNIT_SIDE, p, P, grad_side, grad_squares, grad_exponent, DOT,
@@ -222,6 +223,27 @@ def row_tiles(rows: int, dtype: torch.dtype, precision: str, target: Target) -> 
     return Tiles(64, block, 128, 64, 4 if hopper else 8, 4 if hopper else 3)
 
 
+def ampere_tiles(
+    tiling: Tiles, T: int, dtype: torch.dtype, table: bool, aligned: bool, mixed: bool, K: int, widest: int | None
+) -> Tiles:
+    """Where mma's factors and addresses would spill: rows that are not aligned, a matrix of another type, an identity.
+
+    ``widest`` is the wider side of a sketch, None where one of the two is the identity; without centres K is 0.
+    """
+    if table:
+        return tiling if aligned else tiling._replace(rows=32, block=16)
+    if dtype == torch.float32:
+        if aligned or widest is None:
+            few = 0 < K <= 16 and widest == 0 and tiling.rows < 2 * T
+            return tiling._replace(stages=1) if few else tiling
+        if K == 0:
+            return tiling._replace(rows=32)
+        return tiling if tiling.rows < 2 * T else tiling._replace(stages=1)
+    if mixed or widest is None:
+        return tiling._replace(rows=64, warps=4 if K == 0 and widest is not None and widest <= 16 else tiling.warps)
+    return tiling
+
+
 class _Side(NamedTuple):
     """A projection; without a matrix the identity."""
 
@@ -263,6 +285,8 @@ def grad_quantities(
     tiling = row_tiles(B * T, act.dtype, _support.float32_precision(), target)
     if table and not target.interpreter:  # what is looked up has an address a number: registers for 64 × 64 of them
         tiling = tiling._replace(rows=64, block=min(tiling.block, 32), columns=64, side=32, warps=8)
+    elif target.capability < (9, 0) and not target.interpreter and 1 < T <= tiling.rows // 2:
+        tiling = tiling._replace(side=min(tiling.side, 32))  # an example's part of both sides beside the sides
     centers = None
     if dot is not None and dot.numel():
         assert center_grad is not None and center_act is not None
@@ -311,8 +335,14 @@ def _launch(
     # what is looked up is not read in blocks, and counts in elements
     center_unit = unit(center_act.stride(0)) if table else unit(center_act.stride(0), center_grad.stride(0))
     side_unit = unit(right.stride(0)) if table else unit(left.stride(0), right.stride(0))
-    if table and 1 in (factor, center_unit, side_unit) and target.capability < (9, 0) and not target.interpreter:
-        tiling = tiling._replace(rows=32, block=16)
+    if target.capability < (9, 0) and not target.interpreter:
+        identity = sides is not None and (sides[0].matrix is None or sides[1].matrix is None)
+        widest = None if identity else 0 if sides is None else max(sides[0].size, sides[1].size)
+        mixed = any(matrix.dtype != act.dtype for matrix in (center_grad, center_act, left, right))
+        aligned = 1 not in (factor, center_unit, side_unit)
+        tiling = ampere_tiles(
+            tiling, T, act.dtype, table, aligned, mixed, center_grad.shape[0] if centers else 0, widest
+        )
     layout = ONE if T == 1 else PACKED if tiling.rows >= 2 * T else LONG
     E = 1 if layout == LONG else tiling.rows // T
     K, rank, tiles, across = 0, 1, 1, 1
@@ -328,7 +358,9 @@ def _launch(
     if crowded or (sides is not None and (sides[0].matrix is None or sides[1].matrix is None)):
         tiling = tiling._replace(warps=8)
     if centers is None and act.dtype == torch.float32 and not target.interpreter:
-        tiling = tiling._replace(block=32, warps=8, stages=1)  # two narrow products: what ptxas spills nothing with
+        crammed = target.capability < (9, 0) and layout == PACKED and max(P, Q) > 16
+        # two narrow products: what ptxas spills nothing with
+        tiling = tiling._replace(block=16 if crammed else 32, warps=8, stages=1)
     programs, splits = blocks(B, E) * tiles, 1
     if layout == LONG:
         splits = min(blocks(target.multiprocessors, programs), blocks(T, tiling.rows))

@@ -183,11 +183,12 @@ def _rows(act: torch.Tensor, grad: torch.Tensor, bias: bool, out: torch.Tensor, 
     B, _, I = act.shape
     O = grad.shape[2]
     BLOCK = power_of_two(max(I, O), 16, 64 if target.interpreter else 1024)
-    ROWS = max(1, (256 if target.interpreter else 4096) // BLOCK)
     UNIT = unit(act.stride(0), grad.stride(0))
+    ROWS = max(1, (256 if target.interpreter else 4096) // BLOCK)
+    warps = 8 if UNIT == 1 and target.capability < (9, 0) else 4  # every element's address is in registers there
     launch(
         grad_sqnorm_rows_kernel, (blocks(B, ROWS),), act, grad, out, B, I, O, act.stride(0) // UNIT,
-        grad.stride(0) // UNIT, bias, UNIT, ROWS, BLOCK, num_warps=4, device=act.device,
+        grad.stride(0) // UNIT, bias, UNIT, ROWS, BLOCK, num_warps=warps, device=act.device,
     )  # fmt: skip
 
 
