@@ -48,6 +48,7 @@ CASES = {  # op: (options, arguments for a batch of B)
     "assign_points": ({}, lambda B: (torch.randn(B, 6), torch.randn(B + 3, 6))),
     "cluster_sums": ({"num_clusters": 4}, lambda B: (torch.randn(B, 6), torch.randint(0, 4, (B,)))),
     "exact_moves": ({"num_clusters": 4}, lambda B: (torch.randn(B, 6), torch.randint(0, 4, (B,)))),
+    "sign_product": ({"key": (1, 2), "scale": 0.5}, lambda B: (torch.randn(B, 6), 5)),
 }
 
 

@@ -6,7 +6,7 @@ import importlib.util
 import re
 import shutil
 import subprocess
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -52,11 +52,12 @@ REGISTERS = {  # most that a kernel may take, by what it needs to hide latency b
 }
 
 
+@cache
 def dump(option: str) -> str:
     return subprocess.run([cuobjdump(), option, _native._C.__file__], capture_output=True, text=True, check=True).stdout
 
 
-@lru_cache(maxsize=1)
+@cache
 def resources() -> list[tuple[str, int, int, int]]:
     """(kernel, registers, stack bytes, static shared bytes) of every kernel for every architecture."""
     pattern = r"Function (\S+):\s+REG:(\d+) STACK:(\d+) SHARED:(\d+) LOCAL:(\d+)"
