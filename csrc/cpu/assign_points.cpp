@@ -105,8 +105,11 @@ template <typename in_t> struct AssignPoints {
     const in_t* rows = static_cast<const in_t*>(points.data) + begin * points.stride;
     int64_t count = points.N - begin < STRIP ? points.N - begin : STRIP;
     int64_t padded = round_up(count, TILE_ROWS);
-    for (int64_t p = 0; p < padded; ++p)
-      for (int64_t r = 0; r < R; ++r) x[p * R + r] = p < count ? load(rows[p * points.stride + r]) - shift[r] : T(0);
+    for (int64_t p = 0; p < count; ++p) {
+      const in_t* row = rows + p * points.stride;
+      for (int64_t r = 0; r < R; ++r) x[p * R + r] = load(row[r]) - shift[r];
+    }
+    for (int64_t i = count * R; i < padded * R; ++i) x[i] = 0;
     center_dots(x, R, padded, panels, num_panels, R, dots, width, [] {});
     for (int64_t p = 0; p < count; ++p) {
       T sqnorm = sum_of_squares(x + p * R, R);
@@ -114,23 +117,34 @@ template <typename in_t> struct AssignPoints {
     }
   }
 
+  // The end of the intervals of centres k, k + 1, …: (‖c‖² ∓ error + ‖x‖² ∓ error − 2 x·c) · weight.
+  vec_t<T> scaled(const T* end, T row_end, const T* dots, int64_t k) const {
+    return ((load_vec(end + k) + row_end) - 2 * load_vec(dots + k)) * load_vec(scan_weight + k);
+  }
+
   void decide(const in_t* row, const T* dots, T sqnorm, int64_t* label, T* cost) const {
     constexpr int L = LANES<T>;
+    static_assert(PANEL<T> == 2 * L, "width is a multiple of two vectors");
     T limit = Limits<T>::infinity;  // stays there where float32 is out of its depth: then every centre is measured
     T error = slack * sqnorm;
     if (safe && sqnorm < Limits<T>::safe) {
-      vec_t<T> smallest = limit - vec_t<T>{};
-      for (int64_t k = 0; k < width; k += L) {
-        vec_t<T> value = ((load_vec(high + k) + (sqnorm + error)) - 2 * load_vec(dots + k)) * load_vec(scan_weight + k);
-        smallest = value < smallest ? value : smallest;
-      }
-      for (int lane = 0; lane < L; ++lane) limit = smallest[lane] < limit ? smallest[lane] : limit;
+      vec_t<T> smallest[2] = {limit - vec_t<T>{}, limit - vec_t<T>{}};  // two chains: a panel's vectors
+      for (int64_t k = 0; k < width; k += 2 * L)
+#pragma GCC unroll 2
+        for (int v = 0; v < 2; ++v) {
+          vec_t<T> value = scaled(high, sqnorm + error, dots, k + v * L);
+          smallest[v] = value < smallest[v] ? value : smallest[v];
+        }
+      for (int v = 0; v < 2; ++v)
+        for (int lane = 0; lane < L; ++lane) limit = smallest[v][lane] < limit ? smallest[v][lane] : limit;
     }
     double best = __builtin_inf();
     *label = 0;
-    for (int64_t k = 0; k < width; k += L) {
-      vec_t<T> value = ((load_vec(low + k) + (sqnorm - error)) - 2 * load_vec(dots + k)) * load_vec(scan_weight + k);
-      uint32_t bits = limit < Limits<T>::infinity ? lane_bits<T>(value <= limit) : ~0u >> (32 - L);
+    for (int64_t k = 0; k < width; k += 2 * L) {
+      uint32_t bits = ~0u >> (32 - 2 * L);
+      if (limit < Limits<T>::infinity)
+        bits = lane_bits<T>(scaled(low, sqnorm - error, dots, k) <= limit) |
+               lane_bits<T>(scaled(low, sqnorm - error, dots, k + L) <= limit) << L;
       for (; bits; bits &= bits - 1) {
         int64_t c = k + __builtin_ctz(bits);
         if (c >= K) break;
