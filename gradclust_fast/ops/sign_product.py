@@ -15,6 +15,8 @@ from ._checks import accumulator, check_floats, shape
 from ._point_checks import cpu_refuses, threads_for, with_unit_stride
 
 _WORDS = 2**32
+BLOCK = 128
+"""Signs that one counter of the generator gives."""
 
 
 def sign_product(
@@ -91,12 +93,13 @@ _op = Op(
 def generated(
     vectors: torch.Tensor, dim: int, key: tuple[int, int], scale: float, transposed: bool = False
 ) -> torch.Tensor | None:
-    """The product by a kernel that makes the signs as fast as it multiplies, or None where none runs.
+    """The product by a kernel that makes the signs about as fast as it multiplies, or None: take a stored matrix.
 
-    Then, and for autograd, a stored matrix is the better way: PyTorch takes a thousand times longer to make it than to
-    multiply with it.
+    That is the better way where no kernel runs and for autograd, since PyTorch takes a thousand times longer to make
+    the matrix than to multiply with it, and for vectors shorter than one block of the generator, whose matrix is small
+    and several times faster to multiply with (bench/kernels/bench_sign_product.py).
     """
-    if vectors.requires_grad or current_backend() not in ("auto", "cpu", "cuda"):
+    if vectors.requires_grad or vectors.shape[1] < BLOCK or current_backend() not in ("auto", "cpu", "cuda"):
         return None
     kernel = _op.kernels.get("cuda" if current_backend() == "cuda" or vectors.is_cuda else "cpu")
     if kernel is None or kernel.refuses(vectors, dim, *key, scale, transposed):
